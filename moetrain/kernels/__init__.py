@@ -1,0 +1,38 @@
+"""Grouped SwiGLU backends behind one signature; ``choose`` says which one runs and why. Read this file first.
+
+Every backend is a function (rows, gate_up_S2FD, down_SDF) -> y_MD:
+
+    rows           which rows each slot computes (``moe/types.py``), the gather left to the backend
+    gate_up_S2FD   (S, 2, F, D) gate and up projections of each slot's expert, "out, in"
+    down_SDF       (S, D, F)
+    y_MD           weights_M * down(silu(gate(x)) * up(x)), rows past the last offset undefined
+"""
+
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from moetrain.config import UserError
+from moetrain.kernels import grouped, reference
+
+Backend = Callable[..., Tensor]
+
+
+class Kernel(Enum):
+    auto = "auto"
+    reference = "reference"
+    torch = "torch"
+
+
+def choose(kernel: Kernel, *, dtype: torch.dtype, dim: int, hidden: int) -> tuple[Backend, str]:
+    """The backend to run and one line on why; raises ``UserError`` where the one asked for cannot run this."""
+    unfit = grouped.unfit(dtype=dtype, dim=dim, hidden=hidden)
+    if kernel is Kernel.torch and unfit:
+        raise UserError(f"model.moe.kernel=torch: {unfit}; use model.moe.kernel=auto or reference")
+    if kernel is Kernel.reference:
+        return reference.swiglu, "reference: asked for"
+    if unfit:
+        return reference.swiglu, f"reference: {unfit}"
+    return grouped.swiglu, "torch: F.grouped_mm"

@@ -1,0 +1,146 @@
+"""Parallel folding: one list of ranks, reshaped under different names for different parts of the model.
+
+    dense: (pp, dp, cp, tp)    attention, gates, shared experts, dense layers
+    fsdp:  (pp, dp*cp, tp)     storage of dense parameters: context ranks hold the same weights, so shard over both
+    moe:   (pp, edp, ep, etp)  routed experts; ep may exceed dp because it folds over dp, cp and tp
+
+The pipeline axis comes first in every view, so a rank is on the same stage whichever view it looks through
+(arXiv 2504.14960 with the pipeline outermost). Integers first; groups are made once and shared by rank tuple.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from moetrain.config import UserError, config, replace
+
+AXES = ("pp", "dp", "cp", "tp", "ep", "etp")
+
+
+@config
+class Layout:
+    """How many ways each thing is split. ``dp`` = -1 takes the ranks that are left; ``edp`` always does."""
+
+    pp: int = 1
+    dp: int = -1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            value = getattr(self, axis)
+            if isinstance(value, int) and value < 1 and not (axis == "dp" and value == -1):
+                also = " (or -1: the ranks that are left)" if axis == "dp" else ""
+                raise UserError(f"layout.{axis}={value}: a degree is at least 1{also}")
+
+    @property
+    def edp(self) -> int:
+        """Expert data parallel degree of a solved layout."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
+    def world(self) -> int:
+        """Ranks that a layout asks for: exactly, or at the least where dp = -1."""
+        if self.dp != -1:
+            return self.pp * self.dp * self.cp * self.tp
+        inner, experts = self.cp * self.tp, self.ep * self.etp
+        return self.pp * math.lcm(inner, experts)
+
+    def solve(self, world: int) -> "Layout":
+        """Fill in ``dp`` and check that both views tile the world exactly; raises ``UserError`` with the numbers."""
+        rest = self.pp * self.cp * self.tp
+        if self.dp == -1 and world % rest:
+            raise UserError(
+                f"layout pp*cp*tp = {self.pp}*{self.cp}*{self.tp} = {rest} does not divide the {world} ranks there "
+                f"are: start a multiple of {rest} ranks or lower pp, cp or tp"
+            )
+        dp = world // rest if self.dp == -1 else self.dp
+        if rest * dp != world:
+            raise UserError(
+                f"layout pp*dp*cp*tp = {self.pp}*{dp}*{self.cp}*{self.tp} = {rest * dp} does not equal the {world} "
+                f"ranks there are: start {rest * dp} ranks or set layout.dp=-1"
+            )
+        experts = self.pp * self.ep * self.etp
+        if world % experts:
+            raise UserError(
+                f"layout pp*ep*etp = {self.pp}*{self.ep}*{self.etp} = {experts} does not divide the {world} ranks "
+                f"there are: ep*etp has to divide dp*cp*tp = {dp * self.cp * self.tp}"
+            )
+        return replace(self, dp=dp)
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}{getattr(self, axis)}" for axis in AXES) + f" edp{self.edp}"
+
+
+def views(layout: Layout) -> dict[str, dict[str, int]]:
+    """Name -> axis -> size of a solved layout, outermost first. Pure arithmetic, testable without any process."""
+    n = layout
+    return {
+        "dense": {"pp": n.pp, "dp": n.dp, "cp": n.cp, "tp": n.tp},
+        "fsdp": {"pp": n.pp, "dp_cp": n.dp * n.cp, "tp": n.tp},
+        "moe": {"pp": n.pp, "edp": n.edp, "ep": n.ep, "etp": n.etp},
+    }
+
+
+def slices(view: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Every group of ranks that differ only along ``axes``, in rank order."""
+    ranks = torch.arange(math.prod(view.values())).view(*view.values())
+    names = list(view)
+    fixed = [i for i, name in enumerate(names) if name not in axes]
+    moved = ranks.permute(*fixed, *[names.index(a) for a in axes]).reshape(-1, math.prod(view[a] for a in axes))
+    return [tuple(row) for row in moved.tolist()]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A solved layout seen from one rank. Every rank must ask for the same groups in the same order."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    _groups: dict[tuple[int, ...], ProcessGroup | None]
+
+    @classmethod
+    def build(cls, layout: Layout, *, rank: int, world: int, device: torch.device) -> "Mesh":
+        groups: dict[tuple[int, ...], ProcessGroup | None] = {}
+        if world > 1:
+            groups[tuple(range(world))] = dist.group.WORLD
+        return cls(layout.solve(world), rank, device, groups)
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    def group(self, view: str, *axes: str) -> ProcessGroup | None:
+        """This rank's group along ``axes`` of a view; None where it would hold one rank. Collective the first time."""
+        mine = None
+        for ranks in slices(views(self.layout)[view], axes):
+            if len(ranks) > 1 and ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                mine = self._groups.get(ranks)
+        return mine
+
+    def device_mesh(self, view: str, axis: str) -> DeviceMesh | None:
+        """The same as a one-axis DeviceMesh, for FSDP2; None where it would hold one rank."""
+        group = self.group(view, axis)
+        if group is None:
+            return None
+        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(axis,))
+
+    def index(self, view: str, *axes: str) -> int:
+        """Where this rank stands along ``axes`` of a view, row-major."""
+        sizes = views(self.layout)[view]
+        coordinate, rest = {}, self.rank
+        for axis in reversed(sizes):
+            rest, coordinate[axis] = divmod(rest, sizes[axis])
+        at = 0
+        for axis in axes:
+            at = at * sizes[axis] + coordinate[axis]
+        return at

@@ -1,0 +1,59 @@
+"""Parameters and flops of a model, counted from its shapes."""
+
+from dataclasses import dataclass
+
+from moetrain.model.transformer import ModelConfig
+from moetrain.model.attention import QKNorm
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameter counts; active = those one token's forward uses (router.top_k of the routed experts)."""
+
+    total: int
+    active: int
+    matmul: int  # of the active ones, those that multiply: everything but embeddings and norms
+
+    def __str__(self) -> str:
+        return f"parameters: {_short(self.total)} total, {_short(self.active)} active"
+
+
+def size(cfg: ModelConfig) -> Size:
+    D, H = cfg.dim, cfg.width_of_heads
+    q, kv = cfg.num_heads * H, cfg.num_kv_heads * H
+    attention = D * (2 * q + 2 * kv)
+    bias = q + 2 * kv if cfg.qkv_bias else 0
+    norms = 2 * D + {QKNorm.none: 0, QKNorm.head: 2 * H, QKNorm.full: q + kv}[cfg.qk_norm]
+    moe = cfg.moe
+    expert = 3 * D * moe.hidden
+    shared = (3 * D * moe.shared_hidden + (D if moe.shared_gate else 0)) if moe.shared_hidden else 0
+    num_moe = len(cfg.moe_layers)
+    num_dense = cfg.num_layers - num_moe
+    gate = D * moe.num_experts
+    common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * (gate + shared)
+    small = cfg.num_layers * (norms + bias) + D
+    head = cfg.vocab_size * D
+    embeddings = head if cfg.tie_embeddings else 2 * head
+    matmul = common + num_moe * moe.router.top_k * expert + head
+    return Size(
+        total=common + small + num_moe * moe.num_experts * expert + embeddings,
+        active=common + small + num_moe * moe.router.top_k * expert + embeddings,
+        matmul=matmul,
+    )
+
+
+def flops_per_token(cfg: ModelConfig, *, seq_len: int) -> float:
+    """Forward and backward flops a token: 6 per active matmul weight, 12 L q S / 2 for causal attention.
+
+    The convention of PaLM's appendix B (arXiv 2204.02311), with the causal half of the scores; recomputation is not
+    counted.
+    """
+    attention = 6 * cfg.num_layers * cfg.num_heads * cfg.width_of_heads * seq_len
+    return 6.0 * size(cfg).matmul + attention
+
+
+def _short(n: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.2f}{unit}"
+    return str(n)

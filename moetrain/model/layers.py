@@ -1,0 +1,110 @@
+"""The dense parts: RMSNorm, rotary positions, SwiGLU. Weights are cast to the activations' dtype at use."""
+
+import math
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.config import UserError, config
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b), the weight stored "out, in"."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): dense layers and shared experts."""
+
+    def __init__(self, dim: int, *, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = Linear(dim, hidden), Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Scaling(Enum):
+    none = "none"
+    linear = "linear"
+    yarn = "yarn"
+
+
+@config
+class RopeConfig:
+    """Rotary positions (arXiv 2104.09864); ``linear`` (2306.15595) and ``yarn`` (2309.00071) stretch them by ``factor``."""
+
+    theta: float = 10000.0
+    scaling: Scaling = Scaling.none
+    factor: float = 1.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factor, float | int) and self.factor < 1:
+            raise UserError(f"model.rope.factor={self.factor}: positions are stretched by 1 or more")
+
+
+class Rope(nn.Module):
+    """Positions -> (cos, sin) tables; no parameters."""
+
+    def __init__(self, cfg: RopeConfig, *, head_dim: int) -> None:
+        super().__init__()
+        self.cfg, self.head_dim = cfg, head_dim
+
+    def forward(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
+        """(S,) -> two (S, head_dim / 2) float64 tables, YaRN's attention factor included (its eq. 22)."""
+        angle_SH = position_S.double()[:, None] * self.frequencies(position_S.device)
+        stretch = self.cfg.scaling is Scaling.yarn and self.cfg.factor > 1
+        factor = 0.1 * math.log(self.cfg.factor) + 1.0 if stretch else 1.0
+        return angle_SH.cos() * factor, angle_SH.sin() * factor
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """(head_dim / 2,) float64 radians a position."""
+        cfg, half = self.cfg, self.head_dim // 2
+        freq_H = cfg.theta ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        if cfg.scaling is Scaling.none:
+            return freq_H
+        if cfg.scaling is Scaling.linear:
+            return freq_H / cfg.factor
+        # YaRN: dimensions that turn often in the original length are kept, slow ones interpolated, a ramp between
+        low, high = (self._dimension(beta) for beta in (cfg.beta_fast, cfg.beta_slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), self.head_dim - 1)
+        ramp_H = (torch.arange(half, device=device, dtype=torch.float64) - low) / max(high - low, 0.001)
+        keep_H = 1 - ramp_H.clamp(0, 1)
+        return freq_H * keep_H + freq_H / cfg.factor * (1 - keep_H)
+
+    def _dimension(self, rotations: float) -> float:
+        """The dimension that turns ``rotations`` times within the original length."""
+        turns = self.cfg.original_length / (rotations * 2 * math.pi)
+        return self.head_dim * math.log(turns) / (2 * math.log(self.cfg.theta))
+
+
+def rotate(x_BSHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, S, heads, d) rotated by its position, halves paired as in Llama's published weights."""
+    cos_S1d, sin_S1d = (t.to(x_BSHd.dtype)[:, None, :] for t in rope)
+    a, b = x_BSHd.chunk(2, dim=-1)
+    return torch.cat([a * cos_S1d - b * sin_S1d, b * cos_S1d + a * sin_S1d], dim=-1)

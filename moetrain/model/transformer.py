@@ -1,0 +1,154 @@
+"""The decoder-only transformer: embedding, blocks (dense or MoE by pattern), final norm, head. It never knows that it
+is parallel: modules hold ``group: ProcessGroup | None``, set by ``parallel/``; ``None`` means alone."""
+
+import math
+from dataclasses import field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.config import UserError, config
+from moetrain.model.attention import Attention, QKNorm
+from moetrain.model.layers import Linear, RMSNorm, Rope, RopeConfig, SwiGLU
+from moetrain.moe.layer import MoE, MoEConfig
+from moetrain.moe.types import Carry, Context
+
+
+@config
+class ModelConfig:
+    """Shapes. ``first_dense`` layers come before any MoE layer; after them every ``moe_every``-th layer is MoE."""
+
+    vocab_size: int = 4096
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int | None = None
+    qk_norm: QKNorm = QKNorm.none
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_embeddings: bool = False
+    first_dense: int = 0
+    moe_every: int = 1
+    dense_hidden: int = 1024
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    init_std: float = 0.02
+    depth_scaled_init: bool = True
+    pad_vocab_to: int = 64
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(v, int) for v in (self.dim, self.num_heads, self.num_kv_heads)):
+            return  # OmegaConf probes nodes with placeholders
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
+                f"use one of {_divisors(self.num_heads)}"
+            )
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise UserError(
+                f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}: use one of "
+                f"{_divisors(self.dim)} or set model.head_dim"
+            )
+        if self.width_of_heads % 2:
+            raise UserError(f"model.head_dim={self.width_of_heads} is odd: rotary positions pair dimensions, use an even one")
+        if self.moe_every < 1:
+            raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
+
+    @property
+    def width_of_heads(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.first_dense and (layer - self.first_dense) % self.moe_every == self.moe_every - 1
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [i for i in range(self.num_layers) if self.is_moe(i)]
+
+    def padded_vocab(self, multiple: int = 1) -> int:
+        """Rows of the embedding in memory. The rows past ``vocab_size`` are never predicted, trained or saved."""
+        step = math.lcm(self.pad_vocab_to, multiple)
+        return -(-self.vocab_size // step) * step
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token uses; with a gate, scaled by a sigmoid of the token (Qwen2-MoE, arXiv 2407.10671)."""
+
+    def __init__(self, dim: int, *, hidden: int, gated: bool) -> None:
+        super().__init__()
+        self.ffn = SwiGLU(dim, hidden=hidden)
+        self.gate = Linear(dim, 1) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn(x)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)), where ffn is dense, or routed experts plus a shared one."""
+
+    def __init__(self, cfg: ModelConfig, *, layer: int) -> None:
+        super().__init__()
+        eps = cfg.norm_eps
+        self.attention_norm, self.ffn_norm = RMSNorm(cfg.dim, eps=eps), RMSNorm(cfg.dim, eps=eps)
+        self.attention = Attention(
+            cfg.dim, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads, head_dim=cfg.width_of_heads,
+            qk_norm=cfg.qk_norm, qkv_bias=cfg.qkv_bias, eps=eps,
+        )  # fmt: skip
+        self.moe = MoE(cfg.moe, dim=cfg.dim, layer=layer) if cfg.is_moe(layer) else None
+        self.ffn = None if self.moe else SwiGLU(cfg.dim, hidden=cfg.dense_hidden)
+        shared = self.moe is not None and cfg.moe.shared_hidden > 0
+        self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None
+
+    def forward(
+        self, x_BSD: Tensor, carry: Carry, ctx: Context, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Carry]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, ctx.documents_BS)
+        h_BSD = self.ffn_norm(x_BSD)
+        if self.ffn is not None:
+            return x_BSD + self.ffn(h_BSD), carry
+        assert self.moe is not None
+        y_BSD, carry = self.moe(h_BSD, carry, ctx)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(h_BSD)
+        return x_BSD + y_BSD, carry
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        """``dtype`` is what it computes in; weights keep the dtype they are given."""
+        super().__init__()
+        self.cfg, self.dtype = cfg, dtype
+        rows = cfg.padded_vocab()
+        self.embedding = nn.Parameter(torch.empty(rows, cfg.dim))
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in range(cfg.num_layers)})
+        self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.head = None if cfg.tie_embeddings else nn.Parameter(torch.empty(rows, cfg.dim))
+        self.rope = Rope(cfg.rope, head_dim=cfg.width_of_heads)
+
+    def forward(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
+        """(B, S) int64 -> (B, S, vocab_size) logits; the padding of the vocabulary is not among them."""
+        x_BSD = F.embedding(tokens_BS, self.embedding).to(self.dtype)
+        rope = self.rope(ctx.position_S)
+        rope = rope[0].to(self.dtype), rope[1].to(self.dtype)
+        carry: Carry = {}
+        for block in self.blocks.values():
+            x_BSD, carry = block(x_BSD, carry, ctx, rope)
+        weight = self.embedding if self.head is None else self.head
+        return F.linear(self.norm(x_BSD), weight[: self.cfg.vocab_size].to(x_BSD.dtype))
+
+    def moe_layers(self) -> list[MoE]:
+        return [block.moe for block in self.blocks.values() if block.moe is not None]  # pyright: ignore
+
+
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it."""
+    logits_TV = logits_BSV.flatten(0, 1)
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,1 @@
+"""Balance terms: pressure toward even load, one file each."""

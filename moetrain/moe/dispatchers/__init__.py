@@ -1,0 +1,1 @@
+"""Dispatchers: tokens to slots and results back, one file each."""

@@ -1,0 +1,21 @@
+"""Expert weights of this rank's slots, and the grouped SwiGLU over slot-sorted rows."""
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.kernels import Backend
+from moetrain.moe.types import Rows
+
+
+class Experts(nn.Module):
+    """Weights of the experts this rank owns, stacked on dim 0 in slot order; which experts those are is a Placement."""
+
+    def __init__(self, num_owned: int, *, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_owned, 2, hidden, dim))
+        self.down = nn.Parameter(torch.empty(num_owned, dim, hidden))
+
+    def forward(self, rows: Rows, backend: Backend) -> Tensor:
+        """Rows sorted by slot -> (M, D) weighted results."""
+        dtype = rows.x_ND.dtype
+        return backend(rows, self.gate_up.to(dtype), self.down.to(dtype))

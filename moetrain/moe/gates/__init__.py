@@ -1,0 +1,1 @@
+"""Gates: parameters -> logits, one file each."""

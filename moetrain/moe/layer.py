@@ -1,0 +1,125 @@
+"""The MoE layer: gate, route, dispatch, compute, combine. Read this file first."""
+
+from dataclasses import field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moetrain import kernels
+from moetrain.config import UserError, config
+from moetrain.moe.attach import attach
+from moetrain.moe.dispatchers.dropless import Dropless
+from moetrain.moe.experts import Experts
+from moetrain.moe.gates.linear import LinearGateConfig
+from moetrain.moe.placement.static import Static
+from moetrain.moe.routers.topk import TopK
+from moetrain.moe.types import Balance, Carry, Context, Dispatcher, GateConfig, PlacementPolicy, Router, Routing
+
+
+@config
+class MoEConfig:
+    """``hidden`` is the width of one routed expert; ``shared_hidden`` that of the shared expert, 0 = none."""
+
+    num_experts: int = 8
+    hidden: int = 512
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    kernel: kernels.Kernel = kernels.Kernel.auto
+    gate: GateConfig = field(default_factory=LinearGateConfig)
+    router: Router = field(default_factory=TopK)
+    placement: PlacementPolicy = field(default_factory=Static)
+    dispatcher: Dispatcher = field(default_factory=Dropless)
+    balance: dict[str, Balance] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        top_k = getattr(self.router, "top_k", None)  # OmegaConf probes nodes with missing children
+        if isinstance(top_k, int) and isinstance(self.num_experts, int) and top_k > self.num_experts:
+            raise UserError(
+                f"model.moe.router.top_k={top_k} is more than model.moe.num_experts={self.num_experts}: "
+                f"use 1 to {self.num_experts}"
+            )
+
+
+class MoE(nn.Module):
+    """Experts over ``ep`` ranks of an ``edp`` x ``ep`` grid; alone by default. ``parallel/expert.py`` places it."""
+
+    bias_E: Tensor  #   (E,) saved: what the balance terms have learned
+    load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
+    losses_MJ: Tensor  # (micro-batches, balance terms) unscaled token sums, likewise
+    dropped_ME: Tensor  # (micro-batches, E) int64 assignments dropped on this rank, likewise
+
+    def __init__(self, cfg: MoEConfig, *, dim: int, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.dim, self.layer = cfg, dim, layer
+        self.group: ProcessGroup | None = None  # the ranks that tokens travel among
+        self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
+        self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
+        self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
+        self.terms = {name: term for name, term in cfg.balance.items() if type(term).loss is not Balance.loss}
+        self.place(edp=1, ep=1, rank=0, group=None)
+        self.begin_step(1)
+
+    def place(self, *, edp: int, ep: int, rank: int, group: ProcessGroup | None) -> None:
+        """Say where this rank stands in the stage's expert grid, and make room for the experts it owns (on meta)."""
+        if self.cfg.num_experts % ep:
+            fits = [n for n in range(1, self.cfg.num_experts + 1) if self.cfg.num_experts % n == 0]
+            raise UserError(
+                f"layout.ep={ep} does not divide model.moe.num_experts={self.cfg.num_experts}: use one of {fits}"
+            )
+        self.edp, self.ep, self.rank, self.group = edp, ep, rank, group
+        self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
+        self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.cfg.hidden)
+
+    def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
+        """(B, S, D) -> (B, S, D) and what the gate passes on."""
+        x_TD = x_BSD.flatten(0, 1)
+        num_sequences = x_BSD.shape[0]
+        mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
+        logits_TE, carry = self.gate(x_TD, carry)
+        routing = self.cfg.router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        if mask_T is not None:
+            routing = _mask(routing, mask_T)
+        if ctx.choices is not None:
+            ctx.choices[self.layer] = routing.ids_TK.view(num_sequences, -1, routing.ids_TK.shape[1])
+
+        rows, ticket = self.cfg.dispatcher.dispatch(
+            x_TD, routing, target_E=self.placement.target_E(self.rank, x_TD.device),
+            num_slots=self.placement.num_slots, num_sequences=num_sequences, mask_T=mask_T, group=self.group,
+        )  # fmt: skip
+        backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.cfg.hidden)
+        y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend), ticket)
+        if ctx.training:
+            m = ctx.micro_batch
+            self.load_ME[m] = routing.load_E
+            if rows.dropped_E is not None:
+                self.dropped_ME[m] = rows.dropped_E
+            y_TD = self._balance(y_TD, routing, num_sequences, mask_T, ctx)
+        return y_TD.view_as(x_BSD), carry
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Room for the counts of a step's micro-batches."""
+        device, E = self.bias_E.device, self.cfg.num_experts
+        self.load_ME = torch.zeros(micro_batches, E, dtype=torch.int64, device=device)
+        self.dropped_ME = torch.zeros_like(self.load_ME)
+        self.losses_MJ = torch.zeros(micro_batches, len(self.terms), dtype=self.bias_E.dtype, device=device)
+
+    @torch.no_grad()
+    def end_step(self, load_E: Tensor) -> None:
+        """Between steps, given the step's global load (E,) int64: move the bias, plan the next placement."""
+        for term in self.cfg.balance.values():
+            self.bias_E.copy_(term.bias(self.bias_E, load_E))
+
+    def _balance(self, y_TD: Tensor, routing: Routing, num_sequences: int, mask_T: Tensor | None, ctx: Context) -> Tensor:
+        total = None
+        for j, term in enumerate(self.terms.values()):
+            loss = term.loss(routing, num_sequences=num_sequences, mask_T=mask_T, group=self.sequence_group)
+            assert loss is not None, f"{type(term).__name__}.loss returned nothing"
+            self.losses_MJ[ctx.micro_batch, j] = loss.detach()
+            total = term.coef * loss if total is None else total + term.coef * loss
+        return y_TD if total is None else attach(y_TD, total, weight=1.0 / ctx.routed_tokens)
+
+
+def _mask(routing: Routing, mask_T: Tensor) -> Routing:
+    ids_TK = torch.where(mask_T[:, None], routing.ids_TK, -1)
+    return replace(routing, ids_TK=ids_TK, ragged=True)

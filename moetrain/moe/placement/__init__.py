@@ -1,0 +1,1 @@
+"""Placement policies: load -> who sits where, one file each."""

@@ -1,0 +1,1 @@
+"""Routers: logits -> choices, one file each."""

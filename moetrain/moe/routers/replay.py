@@ -1,0 +1,52 @@
+"""Replay routing: somebody else's choices with one's own weights, for comparing two runs past a near-tie."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moetrain.config import UserError, config
+from moetrain.moe.routers.topk import TopK
+from moetrain.moe.types import Context, Routing
+
+
+@config(group="router", name="replay")
+class Replay(TopK):
+    """``path`` is a file that ``save_choices`` wrote; weights and gradients are this run's own."""
+
+    path: str = ""
+
+    def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
+        """(T, E) -> Routing with the recorded ids of (step, layer, sample); raises ``UserError`` where none is."""
+        table, first, steps = _read(self.path)
+        if f"{ctx.step}.{layer}" not in table:
+            raise UserError(
+                f"model.moe.router.path={self.path}: holds no choices for step {ctx.step}, layer {layer} "
+                f"(it has steps {steps}): record that step or stop before it"
+            )
+        ids_BSK = table[f"{ctx.step}.{layer}"].to(logits_TE.device, torch.int64)
+        row_B = ctx.sample_B.to(logits_TE.device) - first[ctx.step]
+        ids_TK = ids_BSK[row_B][:, ctx.position_S.to(logits_TE.device)].flatten(0, 1)
+        if ids_TK.shape[1] != self.top_k:
+            raise UserError(f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}")
+        return self.weigh(logits_TE, self.scores(logits_TE), ids_TK)
+
+
+def save_choices(path: Path, choices: dict[int, dict[int, Tensor]], *, first_sample: dict[int, int]) -> None:
+    """Write step -> layer -> (samples, S, K) ids, samples counted from ``first_sample`` of that step."""
+    tensors = {f"{step}.{layer}": ids.to(torch.int32) for step, layers in choices.items() for layer, ids in layers.items()}
+    tensors |= {f"{step}.first": torch.tensor(first) for step, first in first_sample.items()}
+    save_file(tensors, path)
+
+
+@cache
+def _read(path: str) -> tuple[dict[str, Tensor], dict[int, int], list[int]]:
+    try:
+        table = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"model.moe.router.path={path!r} cannot be read ({e}): give a file of recorded choices") from e
+    first = {int(k.split(".")[0]): int(v) for k, v in table.items() if k.endswith(".first")}
+    return table, first, sorted(first)

@@ -1,0 +1,185 @@
+"""The nouns of an MoE layer. Everything else in this package is a function between them.
+
+Shape letters, used as name suffixes everywhere in moe/:
+    B sequences   S positions (in names of expert tables: slots)   T = B * S tokens on this rank   D model width
+    K experts per token (top-k)   N = T * K assignments   E experts in the layer   F expert width
+    R ranks in the expert group   M rows to compute on this rank   J rows that one source row became
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moetrain.config import UserError, config
+
+Carry = dict[str, Tensor]
+"""Tensors that gates pass from layer to layer and stage to stage; empty for gates that look at one layer only."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a micro-batch knows about itself. Nothing here is differentiable; every stage holds the same."""
+
+    step: int
+    micro_batch: int
+    sample_B: Tensor  #  (B,) int64 global sample ids
+    position_S: Tensor  # (S,) int64 positions of this rank's part of the sequences
+    routed_tokens: float  # global count of non-padding tokens of the step: the divisor of every balance loss
+    seed: int = 0
+    training: bool = True
+    mask_BS: Tensor | None = None  #      bool, False = padding; None = no padding anywhere
+    documents_BS: Tensor | None = None  # int64 document ids; None = attention crosses documents
+    choices: dict[int, Tensor] | None = None  # layer -> (B, S, K) expert ids, written where somebody asks for them
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token chose, and how much of each it wants."""
+
+    logits_TE: Tensor  #   (T, E) float32 or wider, before any score function
+    scores_TE: Tensor  #   (T, E) after it, without the selection bias
+    ids_TK: Tensor  #      (T, K) int64; -1 = none, only where ``ragged``
+    weights_TK: Tensor  #  (T, K) what combine multiplies by
+    ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
+
+    @cached_property
+    def load_E(self) -> Tensor:
+        """(E,) int64: assignments each expert got on this rank, without a host sync."""
+        E = self.scores_TE.shape[1]
+        ids_N = self.ids_TK.flatten()
+        if self.ragged:
+            ids_N = torch.where(ids_N < 0, E, ids_N)
+        return ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where experts live: ``slots_RS[r, s]`` is the expert in slot s of rank r (or -1), ``owner_E[e]`` who optimizes e.
+
+    Ranks are the stage's edp x ep ranks. Tokens travel among ``span`` consecutive ones: an ep row under static
+    expert parallelism, all of them where any rank may hold a replica. Tables for planning are on the CPU.
+    """
+
+    slots_RS: Tensor  # (R, S) int64
+    owner_E: Tensor  #  (E,) int64
+    span: int
+    _device_tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        E = self.owner_E.numel()
+        for start in range(0, self.slots_RS.shape[0], self.span):
+            held = torch.zeros(E, dtype=torch.bool)
+            row = self.slots_RS[start : start + self.span]
+            held[row[row >= 0]] = True
+            if not held.all():
+                lost = (~held).nonzero().flatten().tolist()
+                raise ValueError(f"placement leaves experts {lost} without a slot on ranks {start}..{start + self.span}")
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots_RS.shape[1]
+
+    def slots_of(self, rank: int) -> list[int]:
+        """Expert ids in the slots of a rank, in slot order."""
+        return [e for e in self.slots_RS[rank].tolist() if e >= 0]
+
+    def target_E(self, rank: int, device: torch.device) -> Tensor:
+        """(E,) int64 on ``device``: where rank sends each expert's tokens, as peer * S + slot within its span."""
+        table = self._device_tables.get((rank, device))
+        if table is None:
+            start = rank // self.span * self.span
+            row = self.slots_RS[start : start + self.span].flatten()
+            at = (row >= 0).nonzero().flatten()
+            table = torch.empty_like(self.owner_E).scatter_(0, row[at].flip(0), at.flip(0))
+            self._device_tables[rank, device] = table = table.to(device)
+        return table
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows a rank has to compute: row m is ``x_ND[index_M[m]]`` times ``weights_M[m]``, sorted by slot.
+
+    The permutation is an index, so that a kernel backend may fuse the gather; ``back_NJ`` is its transpose (the J
+    rows that each row of x became, -1 = none), so that its gradient is a gather and a sum, never a scatter.
+    """
+
+    x_ND: Tensor
+    index_M: Tensor  #   (M,) int64; -1 = an empty row of a fixed-size buffer, only where ``ragged``
+    back_NJ: Tensor  #   (N, J) int64; -1 = none, only where ``ragged``
+    offsets_S: Tensor  # (S,) int32: end of each slot's rows; rows past the last are not computed
+    weights_M: Tensor  # (M,) combine weights
+    ragged: bool = False
+    dropped_E: Tensor | None = None  # (E,) int64 assignments dropped on this rank; None = this dispatcher never drops
+
+
+@config
+class GateConfig(ABC):
+    """Offers a gate: the parameters that turn x into logits."""
+
+    @abstractmethod
+    def build(self, *, dim: int, num_experts: int) -> nn.Module:
+        """A module whose forward is (x_TD, carry) -> (logits_TE in promote_types(x.dtype, float32), carry)."""
+
+
+@config
+class Router(ABC):
+    """Logits -> choices. Stateless: the gate's weight belongs to the layer, the bias to the balance terms."""
+
+    top_k: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.top_k, int) and self.top_k < 1:
+            raise UserError(f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
+
+    @abstractmethod
+    def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing: ...
+
+
+@config
+class Balance:
+    """One pressure toward even load: a differentiable ``loss``, a between-steps ``bias`` update, or both."""
+
+    coef: float = 0.0
+
+    def loss(self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None) -> Tensor | None:
+        """() a sum over this rank's tokens, without ``coef`` and without a divisor; ``None`` adds no loss.
+
+        Tokens are ``num_sequences`` equal runs of T; ``group`` is the ranks that hold the rest of those sequences.
+        """
+        return None
+
+    def bias(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
+        """(E,), (E,) int64 global assignment counts of the finished step -> (E,)."""
+        return bias_E
+
+
+@config
+class PlacementPolicy(ABC):
+    """Last step's load -> next step's placement. Pure and deterministic, so every rank plans the same thing."""
+
+    @abstractmethod
+    def __call__(self, load_E: Tensor, *, edp: int, ep: int) -> Placement: ...
+
+
+@config
+class Dispatcher(ABC):
+    """Moves tokens to the slots that hold their experts, and the results back. State goes into the ticket."""
+
+    @abstractmethod
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, target_E: Tensor, num_slots: int, num_sequences: int,
+        mask_T: Tensor | None, group: ProcessGroup | None,
+    ) -> tuple[Rows, Any]:
+        """(T, D) -> the rows of this rank's ``num_slots`` slots, and the ticket that ``combine`` needs.
+
+        ``target_E[e]`` = peer * num_slots + slot of expert e; ``group`` is the ranks that tokens travel among.
+        """
+
+    @abstractmethod
+    def combine(self, y_MD: Tensor, ticket: Any) -> Tensor:
+        """(M, D) weighted results, in the order of ``Rows.index_M`` -> (T, D): each token's sum over its experts."""

@@ -1,0 +1,80 @@
+"""Data parallelism by FSDP2: experts over edp, everything else over dp*cp; every reduction is a plain SUM."""
+
+from enum import Enum
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moetrain.config import UserError, config
+from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer
+
+
+class Accumulate(Enum):
+    local = "local"  # unsharded gradients until the last micro-batch, one reduction a step
+    sharded = "sharded"  # reduce-scatter after every micro-batch, the least memory
+
+
+@config
+class ShardingConfig:
+    """ZeRO level (arXiv 1910.02054) of dense weights and of experts: 3 frees weights after forward, 2 keeps them."""
+
+    dense: int = 3
+    experts: int = 3
+    accumulate: Accumulate = Accumulate.local
+
+    def __post_init__(self) -> None:
+        for name in ("dense", "experts"):
+            level = getattr(self, name)
+            if isinstance(level, int) and level not in (2, 3):
+                raise UserError(f"sharding.{name}={level}: levels are 2 (gradients and optimizer) and 3 (weights too)")
+
+
+def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: torch.dtype) -> None:
+    """Wrap experts, blocks and the rest in FSDP2 units. Axes of one rank make no unit."""
+    dense, experts = mesh.device_mesh("fsdp", "dp_cp"), mesh.device_mesh("moe", "edp")
+    low = dtype not in (torch.float32, torch.float64)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if low else None, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+    )
+    unsharded: set[nn.Parameter] = set()
+    for layer in model.moe_layers():
+        if experts is None:
+            unsharded |= set(layer.experts.parameters())
+        else:
+            fully_shard(
+                layer.experts, mesh=experts, mp_policy=policy, reshard_after_forward=sharding.experts == 3,
+                shard_placement_fn=_expert_dim(experts.size()),
+            )  # fmt: skip
+    if dense is not None:
+        for unit in (*model.blocks.values(), model):
+            fully_shard(
+                unit, mesh=dense, mp_policy=policy, ignored_params=unsharded,
+                reshard_after_forward=sharding.dense == 3 and unit is not model,
+            )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, and the loss is divided already
+
+
+def set_last_micro_batch(model: Transformer, last: bool, *, sharding: ShardingConfig) -> None:
+    """Say before each forward whether this micro-batch's backward is the step's last."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last or sharding.accumulate is Accumulate.sharded, recurse=False)
+            module.set_is_last_backward(last)
+
+
+def _expert_dim(ranks: int):
+    """Whole experts where they divide evenly, else slices of each: never everything on the first rank."""
+
+    def placement(p: nn.Parameter) -> Shard:
+        if p.shape[0] % ranks == 0:
+            return Shard(0)
+        hidden = 2 if p.dim() == 4 else p.dim() - 1
+        return Shard(hidden if p.shape[hidden] % ranks == 0 else 0)  # FSDP2 wants even cuts on later dims
+
+    return placement
