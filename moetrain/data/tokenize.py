@@ -67,6 +67,7 @@ def tokenize(
         "tokenizer": hashlib.sha256(loaded.to_str().encode()).hexdigest() if loaded else None,
         "vocab_size": vocab_size,
         "field": field,
+        "part_bytes": part_bytes,  # parts are numbered: those of one run must line up with those of the next
         "valid_fraction": valid_fraction,
         "tokenizers_version": tokenizers.__version__,  # another version may merge ties in another order
     }
