@@ -7,7 +7,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,10 @@ def prepare(cache: Path, *, vocab_size: int, log: Callable[[str], None], root: P
         raise UserError(f"data.cache={cache} cannot be made ({e.strerror}): set it to a folder you can write") from e
     if not os.access(cache, os.W_OK):
         raise UserError(f"data.cache={cache} cannot be written: set it to a folder you can write")
-    with _locked(target.with_suffix(".lock")):
+    with _locked(target.with_suffix(".lock")) as alone:
         if not is_whole(target):
+            for leftover in cache.glob(f"{target.name}.*.tmp") if alone else ():  # of a build that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             if num_left_out:
                 log(f"{root} has more than {_MAX_BYTES / 1e6:.0f} MB of text: {num_left_out} files are left out")
             _build(target, files, fingerprint=fingerprint, vocab_size=vocab_size, root=root, log=log)
@@ -179,8 +181,12 @@ def _hash(*words: str) -> int:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(file: Path) -> Iterator[bool]:
+    """Waits for the lock; False on a file system without locks: then both build, and the rename decides."""
     with file.open("w") as f:
-        with suppress(OSError):  # a file system without locks: both build, the rename decides
+        try:
             fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:
+            alone = False
+        yield alone

@@ -71,6 +71,10 @@ def test_what_is_in_it(tmp_path, root):
 def test_built_once_and_named_by_its_content(tmp_path, root):
     lines: list[str] = []
     first = stdlib.prepare(tmp_path / "cache", vocab_size=300, log=lines.append, root=root)
+    first.rename(killed := first.with_name(f"{first.name}.12345.tmp"))
+    (killed / "corpus.json").unlink()
+    assert stdlib.prepare(tmp_path / "cache", vocab_size=300, log=lines.append, root=root) == first
+    assert not killed.exists(), "what a killed build left is not used and is cleared away"
     num_lines = len(lines)
     assert stdlib.prepare(tmp_path / "cache", vocab_size=300, log=lines.append, root=root) == first
     assert len(lines) == num_lines
