@@ -8,6 +8,7 @@ The pipeline axis comes first in every view, so a rank is on the same stage whic
 (arXiv 2504.14960 with the pipeline outermost). Integers first; groups are made once and shared by rank tuple.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -90,11 +91,11 @@ def views(layout: Layout) -> dict[str, dict[str, int]]:
 
 def slices(view: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Every group of ranks that differ only along ``axes``, in rank order."""
-    ranks = torch.arange(math.prod(view.values())).view(*view.values())
-    names = list(view)
-    fixed = [i for i, name in enumerate(names) if name not in axes]
-    moved = ranks.permute(*fixed, *[names.index(a) for a in axes]).reshape(-1, math.prod(view[a] for a in axes))
-    return [tuple(row) for row in moved.tolist()]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, at in enumerate(itertools.product(*map(range, view.values()))):
+        fixed = tuple(i for i, axis in zip(at, view, strict=True) if axis not in axes)
+        groups.setdefault(fixed, []).append(rank)
+    return [tuple(ranks) for ranks in groups.values()]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""Hydra lives here and only here: configs/ + command line -> one checked Config, or one line that says what is wrong."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import moetrain
+from moetrain import config as configs
+from moetrain.config import OPTIONS, UserError, keys, nearest
+from moetrain.job import Config
+
+PACKAGES = {
+    "gate": "model.moe.gate",
+    "router": "model.moe.router",
+    "placement": "model.moe.placement",
+    "dispatcher": "model.moe.dispatcher",
+    "balance": "model.moe.balance.{name}",  # options of this group are combined, not exclusive
+}
+"""Where the options of a short group belong in the tree."""
+
+HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "-h", "--help", "--hydra-help", "-i", "--info", "-sc", "--shell-completion")
+
+
+def folder() -> Path:
+    """configs/: beside the package in a checkout, inside it where installed from a wheel."""
+    package = Path(moetrain.__file__).parent
+    for place in (package.parent / "configs", package / "configs"):
+        if (place / "train.yaml").is_file():
+            return place
+    raise UserError(f"configs/train.yaml is neither beside nor inside {package}: install moetrain again")
+
+
+def register() -> None:
+    store = ConfigStore.instance().store
+    store(name="schema", node=Config)
+    for group, options in OPTIONS.items():
+        for name, cls in options.items():
+            store(group=group, name=name, node=cls, package=PACKAGES[group].format(name=name))
+
+
+def normalize(argv: list[str]) -> list[str]:
+    """``+experiment=x`` and ``experiment=x`` are the same."""
+    return [re.sub(r"^\+(experiment=)", r"\1", word) for word in argv]
+
+
+def compose(argv: list[str]) -> Config:
+    """Overrides, or ``--config FILE`` and overrides of its keys -> Config. Raises ``UserError`` in one line."""
+    argv = normalize(argv)
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise UserError("--config needs a file: moetrain train --config runs/NAME/config.yaml")
+        return _from_file(Path(argv[at + 1]), argv[:at] + argv[at + 2 :])
+    for word in argv:
+        if word.startswith("-"):
+            raise UserError(f"unknown option {word}{nearest(word, (*HYDRA_FLAGS, '--config'))} (keys are given as key=value)")
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word!r} is not key=value: write for example optim.lr=3e-4")
+    register()
+    GlobalHydra.instance().clear()
+    with _one_line(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder())):
+        return OmegaConf.to_object(hydra.compose("train", overrides=argv))  # pyright: ignore[reportReturnType]
+
+
+def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
+    """Hydra's own manners: --help, --cfg job, -m sweeps (each job in its own run folder), --info, completion."""
+    register()
+
+    def job(node) -> float | None:
+        cfg: Config = OmegaConf.to_object(node)  # pyright: ignore[reportAssignmentType]
+        hc = HydraConfig.get()
+        if hc.mode == RunMode.MULTIRUN:
+            name = f"{cfg.run.name}/{hc.job.num:03d}-{hc.job.override_dirname}".rstrip("-").replace(" ", "")
+            cfg = configs.replace(cfg, run=configs.replace(cfg.run, name=name))
+        return task(cfg)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
+    before = sys.argv
+    sys.argv = ["moetrain train", *normalize(argv)]
+    try:
+        with _one_line():
+            hydra.main(version_base="1.3", config_path=str(folder()), config_name="train")(job)()
+    finally:
+        sys.argv = before
+
+
+def _from_file(path: Path, overrides: list[str]) -> Config:
+    cfg = configs.read(path, Config)
+    if not overrides:
+        return cfg
+    with _one_line():
+        node = OmegaConf.structured(cfg)
+        node.merge_with_dotlist(overrides)
+        return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def _one_line():
+    """Turn what Hydra and OmegaConf say into a ``UserError`` that names the value, the rule and the fix."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as e:
+        raise UserError(_explain(e)) from e
+
+
+def _explain(e: BaseException) -> str:
+    chain, cause = [str(e)], e.__cause__
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(chain)
+    if found := re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text):
+        group, option = found.groups()
+        options = sorted(_options(group))
+        return f"{group}={option}: no such option{nearest(option, options)} (there are: {', '.join(options)})"
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text):
+        key = found[1] or (re.search(r"full_key: (\S+)", text) or found)[1] or found[2]
+        return f"unknown key '{key}'{nearest(key, _all_keys())}; moetrain train --cfg job prints every key"
+    if found := re.search(r"full_key: (\S+)", text):
+        rule = next((line for line in reversed(text.splitlines()) if "Value" in line or "Invalid" in line), chain[-1])
+        return f"{found[1]}: {_first_line(rule)}"
+    return " ".join(_first_line(part) for part in chain[:1])
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _options(group: str) -> set[str]:
+    return {p.stem for p in (folder() / group).glob("*.yaml")} | set(OPTIONS.get(group, {}))
+
+
+def _all_keys() -> list[str]:
+    groups = [p.name for p in folder().iterdir() if p.is_dir()] + list(OPTIONS)
+    balance = [f"model.moe.balance.{n}.{k}" for n, cls in OPTIONS["balance"].items() for k in keys(cls())]
+    return keys(Config()) + groups + balance

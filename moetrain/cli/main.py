@@ -1,0 +1,31 @@
+"""The command line: ``moetrain train ...``, ``moetrain data ...``. What a user can mend is one line and exit code 2."""
+
+import importlib
+import sys
+
+from moetrain import __version__
+from moetrain.config import UserError, nearest
+
+COMMANDS = {"train": "train a model, or resume it", "data": "tokenize text, inspect a corpus"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"moetrain {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: moetrain COMMAND ...\n")
+        print("\n".join(f"  {name:8} {words}" for name, words in COMMANDS.items()))
+        print("\nmoetrain COMMAND --help says more.")
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})")
+        return importlib.import_module(f"moetrain.cli.{argv[0]}").main(argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,71 @@
+"""Ranks: starting the local ones under torch's elastic agent, and being one."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from moetrain import config as configs
+from moetrain.config import UserError
+from moetrain.job import Config
+from moetrain.run import run
+from moetrain.world import join, leave
+
+
+def be_rank(cfg: Config) -> int:
+    """Run this process's rank; only rank 0 says on the console what the user can mend."""
+    world = None
+    try:
+        t = cfg.train
+        world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
+        run(cfg, world)
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    leave(world)
+    return 0
+
+
+def start_ranks(folder: Path, *, ranks: int) -> int:
+    """Start ``ranks`` processes that run ``folder/config.yaml``; returns 0, or the exit code of the first to fail."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our words are in the ranks' logs
+    # torch 2.13 shares one store between an agent's lives without a prefix: a restarted life reads dead addresses
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ["MOETRAIN_PARENT"] = str(os.getpid())
+    (folder / "logs").mkdir(exist_ok=True)
+    others = {rank: Std.ALL for rank in range(1, ranks)}
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=folder.name, rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0", max_restarts=0, monitor_interval=0.1, local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=others),
+    )  # fmt: skip
+    try:
+        elastic_launch(launch, sys.executable)("-m", "moetrain.cli.ranks", str(folder / "config.yaml"))
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        if failure.exitcode == 2:
+            return 2
+        what = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        print(f"rank {rank} failed ({what}): see {folder}/logs/rank-{rank}.log", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _die_with_parent() -> None:
+    """A killed launcher takes its ranks along: a rank that trained on alone would write into the next life's run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if str(os.getppid()) != os.environ.get("MOETRAIN_PARENT"):
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    _die_with_parent()
+    raise SystemExit(be_rank(configs.read(Path(sys.argv[1]), Config)))

@@ -1,0 +1,57 @@
+"""Held-out loss: nats a token and bits a byte, the same samples under every layout."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moetrain import comm
+from moetrain.data.bigram import Bigram
+from moetrain.data.corpus import Corpus
+from moetrain.data.loader import Validation
+from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer, token_losses
+from moetrain.moe.types import Context
+
+
+@dataclass(frozen=True)
+class Score:
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.nats_per_token:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte"
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, *, micro_batch: int, step: int) -> Score:
+    """Loss over a held-out set. Collective: every rank runs the same number of forwards, padded where it has less."""
+    dp, index = mesh.layout.dp, mesh.index("dense", "dp")
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    position_S = torch.arange(held_out.seq_len, device=mesh.device)
+    for first in range(0, held_out.num_samples, dp * micro_batch):
+        batch = held_out.batch(first + index * micro_batch, micro_batch)
+        whole = batch.mask_BS is None or bool(batch.mask_BS.all())
+        ctx = Context(
+            step=step, micro_batch=0, sample_B=batch.sample_B, position_S=position_S, routed_tokens=1.0, training=False,
+            mask_BS=None if whole else batch.mask_BS.to(mesh.device),  # pyright: ignore[reportOptionalMemberAccess]
+            documents_BS=None if batch.documents_BS is None else batch.documents_BS.to(mesh.device),
+        )  # fmt: skip
+        logits_BSV = model(batch.tokens_BS.to(mesh.device), ctx)
+        total += token_losses(logits_BSV, batch.targets_BS.to(mesh.device))
+    comm.all_reduce_(total, group=mesh.group("dense", "dp"))
+    return _score(total.item(), held_out)
+
+
+def bigram_score(corpus: Corpus, held_out: Validation) -> Score:
+    """An interpolated Kneser-Ney bigram model of all the corpus's training tokens on the same held-out targets."""
+    model = Bigram(corpus.train, vocab_size=corpus.vocab_size)
+    batch = held_out.batch(0, held_out.num_samples)
+    counted = batch.targets_BS >= 0
+    return _score(model.loss(batch.tokens_BS[counted].numpy(), batch.targets_BS[counted].numpy()), held_out)
+
+
+def _score(nats: float, held_out: Validation) -> Score:
+    tokens = held_out.num_targets()
+    return Score(nats / tokens, nats / math.log(2) / max(1, held_out.num_bytes()), tokens)

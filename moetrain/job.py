@@ -1,0 +1,227 @@
+"""The root of the config, and what is checked before any rank starts: a job that cannot run says so in one line."""
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from moetrain import checkpoint
+from moetrain import parallel as parallelism
+from moetrain.config import UserError, config
+from moetrain.data.corpus import Corpus
+from moetrain.data.loader import DataConfig, Loader, Validation, open_corpora
+from moetrain.mesh import Layout
+from moetrain.model.transformer import ModelConfig, Transformer
+from moetrain.optim import OptimConfig
+from moetrain.parallel import state
+from moetrain.parallel.data import ShardingConfig
+from moetrain.telemetry.sinks import LoggingConfig
+from moetrain.world import Communication, Device
+
+
+class DType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
+
+
+@config
+class RunConfig:
+    """A run is the folder ``dir/name``: config.yaml, metrics.jsonl, logs/, checkpoints/, summary.json.
+
+    ``resume``: ``auto`` continues from the newest committed checkpoint of the folder, or starts; ``never`` only starts.
+    """
+
+    name: str = "default"
+    dir: str = "runs"
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str) and (not self.name.strip("./") or ".." in Path(self.name).parts):
+            raise UserError(f"run.name={self.name!r} cannot name a folder: use letters, digits and dashes")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir).expanduser() / self.name
+
+
+@config
+class RampConfig:
+    """Batch-size ramp-up: from ``start`` samples a step to ``train.batch`` in even stages over ``samples`` samples."""
+
+    start: int = 0  # 0 = no ramp
+    increment: int = 0
+    samples: int = 0
+
+
+@config
+class TrainConfig:
+    steps: int = 1000
+    batch: int = 32  # samples of a step, over all ranks
+    micro_batch: int = 4  # consecutive samples of one forward: part of the run, not of the layout
+    seq_len: int = 256
+    dtype: DType = DType.float32  # what the model computes in; weights and optimizer are float32 or wider
+    ramp: RampConfig = field(default_factory=RampConfig)
+    validate_every: int = 0  # steps; 0 = at the end only
+    validate_samples: int | None = None  # of each held-out set; None = all
+    bigram: bool = False  # at the end, an interpolated bigram model of the same training tokens beside ours
+    exit_after: int | None = None  # save and leave after this many steps of this life, schedules unchanged
+    device: Device = Device.auto
+    communication: Communication = Communication.auto
+    timeout: float = 600.0  # seconds until a collective that somebody is missing from fails
+    threads: int | None = None  # per rank; None = cores / ranks of this node
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "seq_len"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
+                raise UserError(f"train.{name}={value}: has to be at least 1")
+
+
+@config
+class CheckpointConfig:
+    every: int = 100  # steps; 0 = at the end only
+    keep: int = 2  # newest committed ones kept; 0 = all
+
+
+@config
+class Config:
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: Layout = field(default_factory=Layout)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def batch_at(cfg: TrainConfig, consumed: int) -> int:
+    """Samples of the step that begins after ``consumed`` samples."""
+    ramp = cfg.ramp
+    if ramp.start == 0 or consumed >= ramp.samples:
+        return cfg.batch
+    stages = -(-(cfg.batch - ramp.start) // ramp.increment)
+    return min(cfg.batch, ramp.start + consumed * stages // ramp.samples * ramp.increment)
+
+
+def check(cfg: Config, *, world: int) -> Layout:
+    """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
+    layout = cfg.layout.solve(world)
+    parallelism.check(layout, cfg.model)
+    t, ramp = cfg.train, cfg.train.ramp
+    step = layout.dp * t.micro_batch
+    sizes = {"train.batch": t.batch}
+    if ramp.start:
+        if not 0 < ramp.start <= t.batch or ramp.increment < 1 or ramp.samples < 1:
+            raise UserError(
+                f"train.ramp start={ramp.start} increment={ramp.increment} samples={ramp.samples}: start has to be in "
+                f"1..train.batch={t.batch}, increment and samples at least 1"
+            )
+        sizes |= {"train.ramp.start": ramp.start, "train.ramp.increment": ramp.increment}
+    for name, size in sizes.items():
+        if size % step:
+            raise UserError(
+                f"{name}={size} is not a multiple of dp * train.micro_batch = {layout.dp} * {t.micro_batch} = {step}: "
+                f"use {max(step, size // step * step)} or {-(-size // step) * step}"
+            )
+    if cfg.optim.warmup > t.steps:
+        raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")
+    return layout
+
+
+@dataclass(frozen=True)
+class Data:
+    """The opened corpora, the order of training samples, the held-out sets."""
+
+    corpora: dict[str, Corpus]
+    loader: Loader
+    validation: dict[str, Validation]
+
+
+def open_data(cfg: Config, *, log) -> Data:
+    """Open (and, for the default corpus, build) the data; raises ``UserError`` for every way it can be wrong."""
+    corpora = open_corpora(cfg.data, log=log)
+    for name, corpus in corpora.items():
+        if corpus.vocab_size > cfg.model.vocab_size:
+            raise UserError(
+                f"corpus {name} has {corpus.vocab_size} token ids, model.vocab_size={cfg.model.vocab_size} is smaller: "
+                f"set model.vocab_size={corpus.vocab_size}"
+            )
+    t = cfg.train
+    loader = Loader(cfg.data, seq_len=t.seq_len, seed=cfg.seed, corpora=corpora)
+    held_out = {
+        name: Validation(
+            corpus, name=name, seq_len=t.seq_len, max_samples=t.validate_samples,
+            mask_documents=cfg.data.mask_documents, ignore_tokens=tuple(cfg.data.ignore_tokens),
+        )  # fmt: skip
+        for name, corpus in corpora.items()
+    }
+    return Data(corpora, loader, held_out)
+
+
+def checkpoints(cfg: Config) -> Path:
+    return cfg.run.folder / "checkpoints"
+
+
+def find_resume(cfg: Config) -> Path | None:
+    """The checkpoint to continue from, or None to start; raises ``UserError`` where ``never`` finds one."""
+    if cfg.run.resume not in ("auto", "never"):
+        raise UserError(f"run.resume={cfg.run.resume!r} is not one of auto, never")
+    newest = checkpoint.latest(checkpoints(cfg)) if checkpoints(cfg).is_dir() else None
+    if newest is not None and cfg.run.resume == "never":
+        raise UserError(
+            f"run.resume=never, but {cfg.run.folder} already holds {newest.name}: choose another run.name, "
+            f"or continue it with run.resume=auto"
+        )
+    return newest
+
+
+def preflight(cfg: Config, *, world: int, log) -> None:
+    """Everything that can be refused before a rank starts. Writes nothing but the run folder and the data cache."""
+    check(cfg, world=world)
+    newest = find_resume(cfg)
+    if newest is not None:
+        _check_same_model(cfg, newest)
+    data = open_data(cfg, log=log)
+    if newest is not None:
+        check_same_data(checkpoint.read_meta(newest), data, newest)
+    folder = cfg.run.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(
+            f"run folder {folder} cannot be written ({e.strerror}): set run.dir or run.name to a folder you can write"
+        ) from e
+
+
+def check_same_data(meta: dict, data: Data, newest: Path) -> None:
+    """A run's samples are fixed by its data's fingerprint; raises ``UserError`` where another one would go on."""
+    if meta.get("data") != data.loader.fingerprint:
+        raise UserError(
+            f"{newest} was trained on other data, mix, seq_len or seed (fingerprint {str(meta.get('data'))[:12]}, now "
+            f"{data.loader.fingerprint[:12]}): restore them to continue it, or start anew with another run.name"
+        )
+
+
+def _check_same_model(cfg: Config, newest: Path) -> None:
+    with torch.device("meta"):
+        wanted = state.parameters(Transformer(cfg.model))
+    saved = {n.removeprefix("model."): shape for n, (shape, _) in checkpoint.read_index(newest).items()}
+    for name, logical in wanted.items():
+        if tuple(saved.get(name, ())) != logical.shape:
+            have = f"is {tuple(saved[name])}" if name in saved else "is not"
+            raise UserError(
+                f"{newest} is a checkpoint of another model: {name} {have} in it, this config makes it "
+                f"{logical.shape}: choose another run.name or the config it was made with"
+            )

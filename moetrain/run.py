@@ -1,0 +1,232 @@
+"""A whole life of a run on one rank: start or resume, train, log, validate, save, sum up."""
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+
+from moetrain import __version__, comm, kernels
+from moetrain import config as configs
+from moetrain.config import UserError
+from moetrain.evaluate import Score, bigram_score
+from moetrain.job import Config, checkpoints, find_resume, open_data
+from moetrain.model.flops import flops_per_token, size
+from moetrain.telemetry.hardware import peak_flops
+from moetrain.telemetry.load_picture import draw
+from moetrain.telemetry.sinks import Bar, Metrics, close_log, open_log
+from moetrain.train import StepResult, Trainer
+from moetrain.world import World
+
+
+def run(cfg: Config, world: World) -> None:
+    """Collective: every rank calls it. Raises ``UserError`` for what the user can mend; it is in the rank's log too."""
+    folder = cfg.run.folder
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        configs.write(cfg, folder / "config.yaml")
+    comm.barrier(world.host_group)
+    log = open_log(folder, rank=world.rank, quiet=not world.main)
+    try:
+        _run(cfg, world, log)
+    except UserError as e:
+        log.handlers[0].handle(log.makeRecord("moetrain", logging.ERROR, "", 0, str(e), (), None))
+        raise
+    except Exception:
+        log.exception("rank %d failed", world.rank)
+        raise
+    finally:
+        close_log(log)
+
+
+def _run(cfg: Config, world: World, log: logging.Logger) -> None:
+    data = open_data(cfg, log=log.info if world.main else lambda line: None)
+    trainer = Trainer(cfg, world, data)
+    for line in describe(trainer):
+        log.info(line)
+    newest = find_resume(cfg)
+    comm.barrier(world.host_group)  # nobody trains, saves and prunes while another still looks
+    if newest is not None:
+        trainer.load(newest)
+        log.info(f"resumed from {newest} at step {trainer.steps}, {trainer.consumed} samples seen")
+    else:
+        log.info(f"starting anew: no committed checkpoint in {checkpoints(cfg)}")
+    last = cfg.train.steps
+    if cfg.train.exit_after is not None:
+        last = min(last, trainer.steps + cfg.train.exit_after)
+    loop = _Loop(trainer, log)
+    try:
+        while trainer.steps < last:
+            loop.step()
+            if _due(trainer.steps, cfg.train.validate_every) and trainer.steps < cfg.train.steps:
+                loop.validate()
+            if _due(trainer.steps, cfg.checkpoint.every) or trainer.steps == last:
+                loop.save()
+        if trainer.steps >= cfg.train.steps:
+            loop.finish()
+        else:
+            log.info(f"left at step {trainer.steps} of {cfg.train.steps} (train.exit_after); the same command continues")
+    finally:
+        loop.close()
+
+
+class _Loop:
+    """Steps and what is told about them. Looks at the device every ``logging.every`` steps, not between."""
+
+    def __init__(self, trainer: Trainer, log: logging.Logger) -> None:
+        cfg = trainer.cfg
+        self.trainer, self.cfg, self.log = trainer, cfg, log
+        self.main = trainer.world.main
+        self.metrics = Metrics(cfg.run.folder / "metrics.jsonl", resume_at=trainer.steps) if self.main else None
+        shown = self.main and cfg.logging.progress
+        self.bar = Bar(total=cfg.train.steps, done=trainer.steps, shown=shown)
+        self.pending: list[tuple[dict[str, Any], StepResult]] = []
+        self.flops = flops_per_token(cfg.model, seq_len=cfg.train.seq_len)
+        self.peak = peak_flops(trainer.world.device, trainer.dtype)
+        self.terms = [term for layer in trainer.model.moe_layers()[:1] for term in layer.terms]
+        self.last: StepResult | None = None
+        self.since, self.tokens = time.perf_counter(), 0
+
+    def step(self) -> None:
+        trainer = self.trainer
+        lr = self.cfg.optim.lr_at(trainer.steps, steps=self.cfg.train.steps)
+        before = trainer.consumed
+        result = trainer.step()
+        tokens = (trainer.consumed - before) * self.cfg.train.seq_len
+        self.tokens += tokens
+        record = {"step": trainer.steps, "consumed": trainer.consumed, "tokens": tokens, "lr": lr}
+        self.pending.append((record, result))
+        if _due(trainer.steps, self.cfg.logging.every) or trainer.steps in (1, self.cfg.train.steps):
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring the pending steps' numbers to the host, check them, write them."""
+        if not self.pending:
+            return
+        results = [result for _, result in self.pending]
+        columns = [torch.stack([r.loss.double() for r in results])[:, None]]
+        columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
+        columns += [torch.stack([r.balance_J.double() for r in results])]
+        summed = comm.all_reduce_(torch.cat(columns, dim=1), group=self.trainer.mesh.group("dense", "dp")).tolist()
+        norms = torch.stack([r.norm for r in results]).tolist()
+        seconds = time.perf_counter() - self.since
+        records = []
+        for (record, _), (loss, dropped, *balance), norm in zip(self.pending, summed, norms, strict=True):
+            scaled = {f"balance/{term}": x / record["tokens"] for term, x in zip(self.terms, balance, strict=True)}
+            records.append(record | {"loss": loss, "grad_norm": norm} | scaled | {"dropped": int(dropped)})
+        rate = self.tokens / seconds
+        records[-1] |= {"tokens_per_second": rate, "tflops_per_rank": rate * self.flops / self.trainer.world.size / 1e12}
+        if self.peak:
+            records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
+        loads = self._loads(results[-1])
+        if loads:
+            records[-1]["max_violation"] = [round(max(x) * len(x) / max(1, sum(x)) - 1, 4) for _, x in loads]
+        last = records[-1]
+        for record in records:
+            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+                raise RuntimeError(
+                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite; "
+                    f"nothing was saved since the last checkpoint"
+                )
+        if self.metrics:
+            self.metrics.write(records)
+        mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
+        words = f"loss {last['loss']:.4f}, {rate:,.0f} tokens/s{mfu}"
+        self.log.info(f"step {last['step']}/{self.cfg.train.steps}: {words}, grad norm {norms[-1]:.3f}, lr {last['lr']:.2e}")
+        self.bar.update(last["step"], words)
+        self.last = results[-1]
+        self.pending, self.tokens, self.since = [], 0, time.perf_counter()
+
+    def validate(self) -> dict[str, Score]:
+        self.flush()
+        scores = self.trainer.validate()
+        for name, score in scores.items():
+            self.log.info(f"step {self.trainer.steps}: held out {name}: {score} ({score.tokens:,} tokens)")
+            if self.metrics:
+                words = {"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte}
+                self.metrics.write([{"step": self.trainer.steps, "validation": name} | words])
+        self.since = time.perf_counter()
+        return scores
+
+    def save(self) -> None:
+        self.flush()
+        start = time.perf_counter()
+        folder = self.trainer.save()
+        self.log.info(f"saved {folder} in {time.perf_counter() - start:.2f} s")
+        self.since = time.perf_counter()
+
+    def finish(self) -> None:
+        """The summary of a complete run; of one that was complete already, the summary it left."""
+        path = self.cfg.run.folder / "summary.txt"
+        if self.last is None and path.exists():
+            self.log.info(f"already complete at step {self.trainer.steps}: nothing to train; start anew with another run.name")
+            self.log.info(path.read_text().rstrip())
+            return
+        loads = self._loads(self.last) if self.last else []
+        scores = self.validate()
+        if self.main:
+            lines = self._summary(scores, loads)
+            path.write_text("\n".join(lines) + "\n")
+            for line in lines:
+                self.log.info(line)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.metrics:
+            self.metrics.close()
+
+    def _loads(self, result: StepResult) -> list[tuple[int, list[int]]]:
+        layers = self.trainer.model.moe_layers()
+        loads = result.load_LE.split([x.bias_E.numel() for x in layers]) if layers else []
+        return [(layer.layer, load_E.tolist()) for layer, load_E in zip(layers, loads, strict=True)]
+
+    def _summary(self, scores: dict[str, Score], loads: list[tuple[int, list[int]]]) -> list[str]:
+        records = [json.loads(line) for line in (self.cfg.run.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [r for r in records if "loss" in r]
+        rates = sorted(r["tokens_per_second"] for r in steps if "tokens_per_second" in r)
+        lines = [
+            "",
+            f"run {self.cfg.run.folder}: {self.trainer.steps} steps, {sum(r['tokens'] for r in steps):,} tokens",
+            f"  loss {steps[0]['loss']:.4f} at the start, {steps[-1]['loss']:.4f} at the end; "
+            f"{rates[len(rates) // 2]:,.0f} tokens/s (median)",
+        ]
+        summary: dict[str, Any] = {"steps": self.trainer.steps, "loss": [r["loss"] for r in (steps[0], steps[-1])]}
+        for name, score in scores.items():
+            corpus, held_out = self.trainer.data.corpora[name], self.trainer.data.validation[name]
+            lines.append(f"  held out {name} ({score.tokens:,} tokens, corpus {corpus.fingerprint[:16]}): {score}")
+            summary[name] = vars(score) | {"corpus": corpus.fingerprint}
+            if self.cfg.train.bigram:
+                bigram = bigram_score(corpus, held_out)
+                lines.append(f"  a bigram model of all {len(corpus.train):,} training tokens there: {bigram}")
+                summary[name]["bigram"] = vars(bigram)
+        if loads:
+            lines += ["  load per expert, last step (half height = an even share):", *draw(loads)]
+        lines.append(f"  checkpoints, metrics.jsonl, config.yaml and logs/ are in {self.cfg.run.folder}")
+        (self.cfg.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return lines
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def describe(trainer: Trainer) -> list[str]:
+    """What is about to run, in a few lines."""
+    cfg, world = trainer.cfg, trainer.world
+    moe = cfg.model.moe
+    _, why = kernels.choose(moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=moe.hidden)
+    where = f"{world.size} rank(s) on {world.device.type}" + (f" over {world.backend}" if world.backend else "")
+    lines = [
+        f"moetrain {__version__}, torch {torch.__version__}, {where}, layout {trainer.mesh.layout}",
+        f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts, "
+        f"top-{moe.router.top_k}; kernel {why}",
+    ]
+    for name, corpus in trainer.data.corpora.items():
+        lines.append(
+            f"corpus {name}: {len(corpus.train):,} training tokens, {len(corpus.valid):,} held out, "
+            f"fingerprint {corpus.fingerprint[:16]}"
+        )
+    return lines
+

@@ -1,0 +1,88 @@
+"""Where a run's words and numbers go: console on rank 0, a log file on every rank, ``metrics.jsonl`` always."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moetrain.config import config
+
+
+@config
+class LoggingConfig:
+    every: int = 10  # steps between looks at the device (the only host syncs of a dense step)
+    progress: bool = True  # a progress bar where the console is a terminal
+
+
+def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:
+    """The rank's logger: ``logs/rank-<n>.log``, and plain lines on stdout unless ``quiet``."""
+    log = logging.getLogger("moetrain")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    close_log(log)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    if not quiet:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(console)
+    return log
+
+
+def close_log(log: logging.Logger) -> None:
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+
+
+class Bar:
+    """Progress on a terminal; nothing where the console is a file (the log's lines say it there)."""
+
+    def __init__(self, *, total: int, done: int, shown: bool) -> None:
+        shown = shown and sys.stdout.isatty()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"), console=Console(), transient=True)
+        self._bar = bar if shown else None
+        self._task = bar.add_task("training", total=total, completed=done, words="")
+        if self._bar:
+            self._bar.start()
+
+    def update(self, done: int, words: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done, words=words)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class Metrics:
+    """``metrics.jsonl``: one record a step, and one a validation. Steps that a resumed run repeats are written once."""
+
+    def __init__(self, path: Path, *, resume_at: int) -> None:
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_at]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        self._file.writelines(json.dumps(r) + "\n" for r in records)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file that may have been cut in the middle of its last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]

@@ -1,0 +1,134 @@
+"""The state of a run on one rank, and one training step. Read ``Trainer.step`` first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moetrain import __version__, checkpoint, comm
+from moetrain import config as configs
+from moetrain.evaluate import Score, evaluate
+from moetrain.job import Config, Data, batch_at, check, check_same_data, checkpoints
+from moetrain.logical import Logical
+from moetrain.mesh import Mesh
+from moetrain.model.init import initialize
+from moetrain.model.transformer import token_losses
+from moetrain.moe.types import Context
+from moetrain.optim import Optimizer, clip_scale, grad_norm
+from moetrain.parallel import parallelize, state
+from moetrain.parallel.data import set_last_micro_batch
+from moetrain.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device; nobody waits for it until it is logged."""
+
+    loss: Tensor  #      () this rank's share of the step's loss: its token sum over the global count
+    norm: Tensor  #      () global gradient norm before clipping
+    load_LE: Tensor  #   (sum of E over MoE layers,) int64 global assignments
+    dropped: Tensor  #   () int64 assignments dropped on this rank
+    balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
+
+
+class Trainer:
+    """The state of a run on one rank. Nothing about a batch lives on it."""
+
+    def __init__(self, cfg: Config, world: World, data: Data) -> None:
+        self.cfg, self.world, self.data = cfg, world, data
+        layout = check(cfg, world=world.size)
+        self.mesh = Mesh.build(layout, rank=world.rank, world=world.size, device=world.device)
+        self.dtype = cfg.train.dtype.torch
+        self.model = parallelize(cfg.model, self.mesh, sharding=cfg.sharding, dtype=self.dtype)
+        initialize(state.parameters(self.model), cfg.model, seed=cfg.seed)
+        state.zero_padding_(self.model)
+        self.optimizer = Optimizer(cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()})
+        self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
+        self.steps = self.consumed = 0  # optimizer updates done, samples seen
+
+    def step(self) -> StepResult:
+        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again."""
+        t, dp = self.cfg.train, self.mesh.layout.dp
+        batch = batch_at(t, self.consumed)
+        share = batch // dp
+        first = self.consumed + self.mesh.index("dense", "dp") * share
+        targets = self.data.loader.num_targets(self.consumed, batch)
+        micro_batches = share // t.micro_batch
+        for layer in self.model.moe_layers():
+            layer.begin_step(micro_batches)
+        loss = torch.zeros((), device=self.world.device, dtype=torch.promote_types(self.dtype, torch.float32))
+        for m in range(micro_batches):
+            set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
+            loss += self.forward_backward(
+                m, first + m * t.micro_batch, targets=targets, routed_tokens=float(batch * t.seq_len)
+            )
+        result = self._update(loss)
+        self.steps += 1
+        self.consumed += batch
+        return result
+
+    def forward_backward(self, m: int, first: int, *, targets: int, routed_tokens: float) -> Tensor:
+        """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
+        t, device = self.cfg.train, self.world.device
+        batch = self.data.loader.batch(first, t.micro_batch)
+        ctx = Context(
+            step=self.steps, micro_batch=m, sample_B=batch.sample_B,
+            position_S=torch.arange(t.seq_len, device=device), routed_tokens=routed_tokens, seed=self.cfg.seed,
+            documents_BS=None if batch.documents_BS is None else batch.documents_BS.to(device),
+        )  # fmt: skip
+        logits_BSV = self.model(batch.tokens_BS.to(device, non_blocking=True), ctx)
+        loss = token_losses(logits_BSV, batch.targets_BS.to(device, non_blocking=True)) / targets
+        loss.backward()
+        return loss.detach()
+
+    def _update(self, loss: Tensor) -> StepResult:
+        if self.steps == 0 and (missing := state.grad_is_missing(self.model)):
+            raise RuntimeError(f"no gradient reached {', '.join(missing)}")
+        grads = {n: state.local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        norm = grad_norm(list(grads.values()), group=self.all_ranks, like=loss)
+        lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
+        self.model.zero_grad()
+        layers = self.model.moe_layers()
+        counted = torch.zeros(0, dtype=torch.int64, device=loss.device)
+        dropped, balance_J = counted.sum(), torch.zeros(0, device=loss.device)
+        if layers:
+            counted = comm.all_reduce_(torch.cat([x.load_ME.sum(0) for x in layers]), group=self.all_ranks)
+            for layer, load_E in zip(layers, counted.split([x.bias_E.numel() for x in layers]), strict=True):
+                layer.end_step(load_E)
+            dropped = torch.stack([x.dropped_ME.sum() for x in layers]).sum()
+            balance_J = torch.stack([x.losses_MJ.sum(0) for x in layers]).sum(0)
+        return StepResult(loss, norm, counted, dropped, balance_J)
+
+    def validate(self) -> dict[str, Score]:
+        micro_batch = self.cfg.train.micro_batch
+        return {
+            name: evaluate(self.model, held_out, self.mesh, micro_batch=micro_batch, step=self.steps)
+            for name, held_out in self.data.validation.items()
+        }
+
+    def tensors(self) -> dict[str, Logical]:
+        """Everything a checkpoint holds: this rank's boxes of parameters, buffers and optimizer state."""
+        found = {f"model.{n}": x for n, x in (state.parameters(self.model) | state.buffers(self.model)).items()}
+        for kind, storage in self.optimizer.state().items():
+            found |= {f"optim.{kind}.{n}": state.describe(self.model, n, x) for n, x in storage.items()}
+        return found
+
+    def save(self) -> Path:
+        meta = {
+            "step": self.steps, "consumed": self.consumed, "data": self.data.loader.fingerprint,
+            "moetrain": __version__, "torch": torch.__version__, "config": configs.dump(self.cfg),
+        }  # fmt: skip
+        folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
+        checkpoint.save(folder, self.tensors(), meta, group=self.world.host_group)
+        if self.world.main and self.cfg.checkpoint.keep:
+            checkpoint.prune(checkpoints(self.cfg), keep=self.cfg.checkpoint.keep)
+        comm.barrier(self.world.host_group)
+        return folder
+
+    def load(self, folder: Path) -> None:
+        report = checkpoint.load(folder, self.tensors(), group=self.world.host_group)
+        check_same_data(report.meta, self.data, folder)
+        self.steps, self.consumed = report.meta["step"], report.meta["consumed"]
+        self.optimizer.set_steps(self.steps)

@@ -1,0 +1,100 @@
+"""Which rank this process is, on which device, and the process group it joins. One place reads the environment."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from moetrain.config import UserError
+from moetrain.mesh import Layout
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Communication(Enum):
+    auto = "auto"  # NCCL where every rank of a node has a GPU of its own, else gloo
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    backend: str  # "" where this rank is alone
+    host_group: ProcessGroup | None = None  # gloo over all ranks, for what travels between hosts' memories
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun) has told this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def pick_device(wanted: Device, *, local_rank: int = 0) -> torch.device:
+    """The device of a rank; raises ``UserError`` if a GPU is asked for and torch sees none."""
+    if wanted is Device.cuda and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: torch sees no GPU here; use train.device=cpu or install a CUDA build of torch")
+    if wanted is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())  # ranks may share a GPU
+
+
+def wanted_ranks(layout: Layout, *, device: Device) -> int:
+    """Ranks to start on this machine: what the layout says; with dp = -1 every GPU it can use, or, on a CPU, the fewest."""
+    least = layout.world
+    if layout.dp != -1 or pick_device(device).type == "cpu":
+        return least
+    return max(least, torch.cuda.device_count() // least * least)
+
+
+def join(*, device: Device, communication: Communication, timeout: float, threads: int | None) -> World:
+    """Read the launcher's variables, pick the device, join the process group. ``leave`` undoes it."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    where = pick_device(device, local_rank=local_rank)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if size == 1:
+        return World(rank, size, local_rank, local_size, where, "")
+    backend = _backend(communication, where, local_size)
+    limit = timedelta(seconds=timeout)
+    if backend == "gloo":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo") if local_size == size else None
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit)
+        return World(rank, size, local_rank, local_size, where, backend, dist.group.WORLD)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=limit, device_id=where)
+    host_group = dist.new_group(backend="gloo", timeout=limit)
+    return World(rank, size, local_rank, local_size, where, backend, host_group)
+
+
+def leave(world: World) -> None:
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _backend(wanted: Communication, device: torch.device, local_size: int) -> str:
+    fits = device.type == "cuda" and local_size <= torch.cuda.device_count()
+    if wanted is Communication.nccl and not fits:
+        have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise UserError(
+            f"train.communication=nccl needs a GPU for each of the {local_size} ranks of this node, there are {have}: "
+            f"use train.communication=gloo or start {have or 'fewer'} ranks"
+        )
+    return "nccl" if fits and wanted is not Communication.gloo else "gloo"
