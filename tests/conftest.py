@@ -1,9 +1,13 @@
 """Fixtures for every test: ``ranks(4)`` is a pool of four gloo ranks (tests/rankpool.py)."""
 
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from rankpool import RankPool
+
+from moetrain.data.tokenize import tokenize
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,12 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for old in pools:
         old.close()
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenized corpus of real text: some 40 modules of this Python's standard library, 512 token ids."""
+    folder = tmp_path_factory.mktemp("corpus")
+    names = sorted(str(p) for p in Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
+    corpus = tokenize(names, output=folder / "small", vocab_size=512, valid_fraction=0.1, log=lambda line: None)
+    return corpus.path

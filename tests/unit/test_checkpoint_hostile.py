@@ -119,6 +119,14 @@ def planted():
         yield from ((("tensors", "w", "boxes", 0, at), v) for v in values)
 
 
+ONLY_SEEN_WHEN_LOADED = (
+    (("tensors", "w", "boxes"), []),
+    (("tensors", "w", "boxes", 0, 5), 0),
+    (("files", 0, 1), 10**9),
+)
+"""Well-formed, but not the truth about the data; everything else is refused before a data file is opened."""
+
+
 @pytest.mark.parametrize(("keys", "value"), list(planted()), ids=repr)
 def test_a_planted_index_is_a_user_error(tmp_path, keys, value):
     folder = save(tmp_path, 5)
@@ -130,6 +138,9 @@ def test_a_planted_index_is_a_user_error(tmp_path, keys, value):
     commit_anew(folder, json.dumps(index).encode())
     with pytest.raises(UserError):
         checkpoint.load(folder, empty(state(0)), group=None)
+    if (keys, value) not in ONLY_SEEN_WHEN_LOADED:
+        with pytest.raises(UserError):
+            checkpoint.read_index(folder)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from moetrain import checkpoint
 from moetrain.checkpoint import Chunk, Logical
+from moetrain.checkpoint.folders import is_committed
 
 NAMES = [f"layers.{i}.weight" for i in range(6)]
 TOUCHES_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -78,6 +79,9 @@ def test_killed_at_every_operation(tmp_path, stale):
             (root / "step-00000002" / "COMMITTED").unlink()
         code = exit_code(forked(die_at, root, operation))
         seen.append(consistent(checkpoint.latest(root)))
+        for folder in root.glob("step-*"):  # what is half removed must not look whole either
+            if is_committed(folder):
+                consistent(folder)
         if seen[-1] == 1:  # the run resumes, and gets there
             checkpoint.save(checkpoint.step_folder(root, 2), state(2), {"step": 2}, group=None)
         checkpoint.prune(root, keep=1)

@@ -1,0 +1,176 @@
+"""Five steps under every layout are the same run: losses, norms, loads, and every tensor of the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moetrain.moe  # noqa: F401 (registers the options)
+from moetrain import checkpoint
+from moetrain.config import load
+from moetrain.job import Config, open_data
+from moetrain.logical import Chunk, Logical
+from moetrain.train import Trainer
+from moetrain.world import World
+
+STEPS = 5
+BALANCE = {
+    "switch": {"kind": "switch", "coef": 0.05},
+    "sequence": {"kind": "sequence", "coef": 0.02},
+    "z_loss": {"kind": "z_loss", "coef": 0.01},
+    "expert_bias": {"kind": "expert_bias", "rate": 0.01},
+}
+MODEL = {
+    "vocab_size": 512, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "first_dense": 1,
+    "dense_hidden": 48, "qk_norm": "head", "init_std": 0.1,
+    "moe": {"num_experts": 8, "hidden": 24, "shared_hidden": 16, "shared_gate": True, "balance": BALANCE},
+}  # fmt: skip
+TRAIN = {"steps": STEPS, "batch": 16, "micro_batch": 2, "seq_len": 20, "dtype": "float64", "device": "cpu"}
+LAYOUTS = {1: [{}], 2: [{"dp": 2}, {"ep": 2}], 4: [{"dp": 4, "ep": 2}, {"ep": 4}, {"dp": 4}]}
+
+
+def config(corpus: Path, folder: Path, **groups: dict) -> Config:
+    """A small run; ``groups`` are merged over it one level deep."""
+    base: dict = {
+        "seed": 3, "model": MODEL, "train": TRAIN, "optim": {"lr": 1e-2, "warmup": 2, "clip": 0.5},
+        "data": {"corpora": {"small": {"path": str(corpus)}}}, "run": {"dir": str(folder.parent), "name": folder.name},
+    }  # fmt: skip
+    for name, keys in groups.items():
+        base[name] = base.get(name, {}) | keys
+    return load(base, Config)
+
+
+def trainer(rank: int, world: int, cfg: Config) -> Trainer:
+    group = dist.group.WORLD if world > 1 else None
+    here = World(rank, world, rank, world, torch.device("cpu"), "gloo" if world > 1 else "", group)
+    return Trainer(cfg, here, open_data(cfg, log=lambda line: None))
+
+
+def curve(rank: int, world: int, cfg: Config, steps: int = STEPS, resume: Path | None = None) -> list[list[float]]:
+    """Loss, norm, loads and balance losses of each step, summed over ranks where each holds a part; then saves."""
+    run = trainer(rank, world, cfg)
+    if resume is not None:
+        run.load(resume)
+    found = []
+    for _ in range(steps):
+        result = run.step()
+        parts = torch.cat([result.loss[None].double(), result.balance_J.double(), result.dropped[None].double()])
+        if world > 1:
+            dist.all_reduce(parts)
+        found.append([*parts.tolist(), result.norm.item(), *result.load_LE.tolist()])
+    run.save()
+    return found
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    whole = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in checkpoint.read_index(folder).items()}
+    boxes = {n: Logical(tuple(t.shape), t.dtype, (Chunk((0,) * t.dim(), t),)) for n, t in whole.items()}
+    checkpoint.load(folder, boxes, group=None)
+    return whole
+
+
+def newest(cfg: Config) -> Path:
+    found = checkpoint.latest(cfg.run.folder / "checkpoints")
+    assert found is not None
+    return found
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).double().norm() / max(b.double().norm().item(), 1e-12)).item()
+
+
+CASES = {
+    "dropless": {},
+    "capacity": {"model": MODEL | {"moe": MODEL["moe"] | {"dispatcher": {"kind": "capacity", "factor": 1.0}}}},
+    "sharded accumulation": {"sharding": {"accumulate": "sharded", "dense": 2, "experts": 2}},
+    "batch ramp, tied embeddings": {
+        "train": TRAIN | {"ramp": {"start": 8, "increment": 8, "samples": 24}},
+        "model": MODEL | {"tie_embeddings": True},
+    },
+    "document masks, ignored targets": {},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_five_steps_are_the_same_under_every_layout(ranks, small_corpus, tmp_path, case) -> None:
+    groups = dict(CASES[case])
+    if case.startswith("document"):
+        groups["data"] = {"corpora": {"small": {"path": str(small_corpus)}}, "mask_documents": True, "ignore_tokens": [5, 300]}
+    want, saved = None, {}
+    for world, layouts in LAYOUTS.items():
+        for n, layout in enumerate(layouts):
+            cfg = config(small_corpus, tmp_path / f"{world}-{n}", layout=layout, **groups)
+            got = ranks(world).run(curve, cfg)
+            assert all(g == got[0] for g in got), "ranks agree"
+            if want is None:
+                want, saved = got[0], tensors_of(newest(cfg))
+                assert want[0][0] > want[-1][0], "the loss falls"
+                assert (want[0][4] > 0) == (case == "capacity"), "capacity 1.0 drops something, the others nothing"
+                continue
+            torch.testing.assert_close(torch.tensor(got[0]), torch.tensor(want), rtol=1e-9, atol=1e-9)
+            for name, tensor in tensors_of(newest(cfg)).items():
+                assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps under {layout}"
+
+
+def test_float32_losses_agree_to_1e_5(ranks, small_corpus, tmp_path) -> None:
+    curves = []
+    for world, layout in ((1, {}), (2, {"ep": 2}), (4, {"dp": 4, "ep": 2})):
+        cfg = config(small_corpus, tmp_path / str(world), layout=layout, train=TRAIN | {"dtype": "float32"})
+        curves.append(torch.tensor([step[0] for step in ranks(world).run(curve, cfg)[0]]))
+    for other in curves[1:]:
+        torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"dp": 2}], ids=str)
+def test_resume_is_bit_exact_in_float32(ranks, small_corpus, tmp_path, layout) -> None:
+    pool = ranks(1 if not layout else 2)
+    float32 = TRAIN | {"dtype": "float32", "steps": 6}
+    whole, parts = (config(small_corpus, tmp_path / n, layout=layout, train=float32) for n in ("whole", "parts"))
+    want = pool.run(curve, whole, 6)[0]
+    first = pool.run(curve, parts, 3)[0]
+    second = pool.run(curve, parts, 3, newest(parts))[0]
+    assert first + second == want
+    a, b = tensors_of(newest(whole)), tensors_of(newest(parts))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_under_another_layout_continues_the_same_run(ranks, small_corpus, tmp_path) -> None:
+    float64 = TRAIN | {"steps": 6}
+    whole = config(small_corpus, tmp_path / "whole", train=float64)
+    want = ranks(1).run(curve, whole, 6)[0]
+    start = config(small_corpus, tmp_path / "start", layout={"dp": 4, "ep": 2}, train=float64)
+    ranks(4).run(curve, start, 3)
+    for world, layout in ((1, {}), (2, {"ep": 2}), (4, {"ep": 4})):
+        cfg = config(small_corpus, tmp_path / f"on{world}", layout=layout, train=float64)
+        got = ranks(world).run(curve, cfg, 3, newest(start))[0]
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(want[3:]), rtol=1e-9, atol=1e-9)
+
+
+def gradients_exist(rank: int, world: int, cfg: Config) -> tuple[float, float]:
+    """The norm as reported, and from the whole gradients by brute force."""
+    run = trainer(rank, world, cfg)
+    t = cfg.train
+    for m in range(t.batch // world // t.micro_batch):
+        run.forward_backward(0, rank * t.batch // world + m * t.micro_batch, targets=t.batch * t.seq_len, routed_tokens=1.0)
+    from moetrain.optim import grad_norm
+    from moetrain.parallel import state
+
+    assert state.grad_is_missing(run.model) == []
+    grads = [state.local(p.grad) for p in run.model.parameters() if p.grad is not None]
+    experts = [state.local(p.grad) for n, p in run.model.named_parameters() if ".experts." in n and p.grad is not None]
+    norm = grad_norm(grads, group=run.all_ranks, like=torch.zeros(()))
+    only = grad_norm(experts, group=run.all_ranks, like=torch.zeros(()))
+    return norm.item(), only.item()
+
+
+def test_grad_norm_counts_every_expert_once(ranks, small_corpus, tmp_path) -> None:
+    once = TRAIN | {"micro_batch": 4}
+    alone = ranks(1).run(gradients_exist, config(small_corpus, tmp_path / "1", train=once))[0]
+    assert 0 < alone[1] < alone[0]
+    for layout in ({"ep": 4}, {"dp": 4, "ep": 2}, {"dp": 4}):
+        both = ranks(4).run(gradients_exist, config(small_corpus, tmp_path / "4", layout=layout, train=once))
+        for found in both:
+            assert found == pytest.approx(alone, rel=1e-12)
