@@ -8,12 +8,14 @@ that would forbid command-line overrides. Hydra is not imported here: ``cli/comp
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
 
 import yaml
+
+C = TypeVar("C", bound=type)
 
 OPTIONS: dict[str, dict[str, type]] = {}
 """Group -> name -> class, filled by importing the modules that define components."""
@@ -23,17 +25,25 @@ class UserError(ValueError):
     """Something the user can mend: one line that names the value, the rule and the fix. Exit code 2, no traceback."""
 
 
+@overload
+def config(cls: C) -> C: ...
+
+
+@overload
+def config(*, group: str, name: str) -> Callable[[C], C]: ...
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def config(cls: type | None = None, *, group: str | None = None, name: str | None = None):
+def config(cls: Any = None, *, group: str | None = None, name: str | None = None) -> Any:
     """``@config`` makes a node; ``@config(group=..., name=...)`` also offers it as an option of a group."""
 
-    def wrap(cls: type) -> type:
+    def wrap(cls: Any) -> Any:
         cls = dataclasses.dataclass(kw_only=True)(cls)
         cls.__init__ = _seal_after(cls, cls.__init__)
-        cls.__setattr__ = _setattr_until_sealed  # pyright: ignore[reportAttributeAccessIssue]
+        cls.__setattr__ = _setattr_until_sealed
         if group is not None and name is not None:
             OPTIONS.setdefault(group, {})[name] = cls
-            cls.kind = name  # pyright: ignore[reportAttributeAccessIssue]
+            cls.kind = name
         return cls
 
     return wrap if cls is None else wrap(cls)
@@ -52,7 +62,7 @@ def dump(node: Any) -> Any:
 
 
 def load(data: Any, hint: Any, where: str = "") -> Any:
-    """Inverse of ``dump``: plain data -> node of type ``hint``. Unknown keys, kinds and wrong types are ``UserError``."""
+    """Inverse of ``dump``: plain data -> node of type ``hint``; an unknown key or kind, a wrong type: ``UserError``."""
     if get_origin(hint) in (Union, types.UnionType):
         return _load_union(data, get_args(hint), where)
     if dataclasses.is_dataclass(hint):

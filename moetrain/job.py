@@ -159,9 +159,13 @@ def open_data(cfg: Config, *, log) -> Data:
     loader = Loader(cfg.data, seq_len=t.seq_len, seed=cfg.seed, corpora=corpora)
     held_out = {
         name: Validation(
-            corpus, name=name, seq_len=t.seq_len, max_samples=t.validate_samples,
-            mask_documents=cfg.data.mask_documents, ignore_tokens=tuple(cfg.data.ignore_tokens),
-        )  # fmt: skip
+            corpus,
+            name=name,
+            seq_len=t.seq_len,
+            max_samples=t.validate_samples,
+            mask_documents=cfg.data.mask_documents,
+            ignore_tokens=tuple(cfg.data.ignore_tokens),
+        )
         for name, corpus in corpora.items()
     }
     return Data(corpora, loader, held_out)

@@ -111,7 +111,7 @@ class Mesh:
     def build(cls, layout: Layout, *, rank: int, world: int, device: torch.device) -> "Mesh":
         groups: dict[tuple[int, ...], ProcessGroup | None] = {}
         if world > 1:
-            groups[tuple(range(world))] = dist.group.WORLD
+            groups[tuple(range(world))] = dist.distributed_c10d._get_default_group()
         return cls(layout.solve(world), rank, device, groups)
 
     @property
@@ -123,7 +123,8 @@ class Mesh:
         mine = None
         for ranks in slices(views(self.layout)[view], axes):
             if len(ranks) > 1 and ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(list(ranks))
+                group = dist.new_group(list(ranks))
+                self._groups[ranks] = group if isinstance(group, ProcessGroup) else None  # a number: not a member
             if self.rank in ranks:
                 mine = self._groups.get(ranks)
         return mine

@@ -85,7 +85,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | float) -> None:
         """Update in place with ``scale * grads``."""
-        torch._foreach_mul_(list(grads.values()), scale)
+        torch._foreach_mul_(list(grads.values()), scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.adamw.param_groups:
             group["lr"] = lr
         for name, p in self.leaves.items():
@@ -107,7 +107,7 @@ class Optimizer:
 def grad_norm(grads: list[Tensor], *, group: ProcessGroup | None, like: Tensor) -> Tensor:
     """() global norm of gradients whose every element lies on exactly one rank of ``group``. One all-reduce."""
     squares = torch.zeros((), dtype=torch.float64, device=like.device)
-    norms = torch._foreach_norm([g for g in grads if g.numel()])
+    norms = torch._foreach_norm([g for g in grads if g.numel()])  # pyright: ignore[reportPrivateImportUsage]
     if norms:
         squares += torch.stack([n.double() for n in norms]).square().sum()
     return comm.all_reduce_(squares, group=group).sqrt()

@@ -67,7 +67,9 @@ def _run(cfg: Config, world: World, log: logging.Logger) -> None:
         if trainer.steps >= cfg.train.steps:
             loop.finish()
         else:
-            log.info(f"left at step {trainer.steps} of {cfg.train.steps} (train.exit_after); the same command continues")
+            log.info(
+                f"left at step {trainer.steps} of {cfg.train.steps} (train.exit_after); the same command continues"
+            )
     finally:
         loop.close()
 
@@ -117,7 +119,10 @@ class _Loop:
             scaled = {f"balance/{term}": x / record["tokens"] for term, x in zip(self.terms, balance, strict=True)}
             records.append(record | {"loss": loss, "grad_norm": norm} | scaled | {"dropped": int(dropped)})
         rate = self.tokens / seconds
-        records[-1] |= {"tokens_per_second": rate, "tflops_per_rank": rate * self.flops / self.trainer.world.size / 1e12}
+        records[-1] |= {
+            "tokens_per_second": rate,
+            "tflops_per_rank": rate * self.flops / self.trainer.world.size / 1e12,
+        }
         if self.peak:
             records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
         loads = self._loads(results[-1])
@@ -134,7 +139,9 @@ class _Loop:
             self.metrics.write(records)
         mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
         words = f"loss {last['loss']:.4f}, {rate:,.0f} tokens/s{mfu}"
-        self.log.info(f"step {last['step']}/{self.cfg.train.steps}: {words}, grad norm {norms[-1]:.3f}, lr {last['lr']:.2e}")
+        self.log.info(
+            f"step {last['step']}/{self.cfg.train.steps}: {words}, grad norm {norms[-1]:.3f}, lr {last['lr']:.2e}"
+        )
         self.bar.update(last["step"], words)
         self.last = results[-1]
         self.pending, self.tokens, self.since = [], 0, time.perf_counter()
@@ -161,7 +168,9 @@ class _Loop:
         """The summary of a complete run; of one that was complete already, the summary it left."""
         path = self.cfg.run.folder / "summary.txt"
         if self.last is None and path.exists():
-            self.log.info(f"already complete at step {self.trainer.steps}: nothing to train; start anew with another run.name")
+            self.log.info(
+                f"already complete at step {self.trainer.steps}: nothing to train; start anew with another run.name"
+            )
             self.log.info(path.read_text().rstrip())
             return
         loads = self._loads(self.last) if self.last else []
@@ -229,4 +238,3 @@ def describe(trainer: Trainer) -> list[str]:
             f"fingerprint {corpus.fingerprint[:16]}"
         )
     return lines
-

@@ -48,14 +48,16 @@ def launched() -> bool:
 def pick_device(wanted: Device, *, local_rank: int = 0) -> torch.device:
     """The device of a rank; raises ``UserError`` if a GPU is asked for and torch sees none."""
     if wanted is Device.cuda and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch sees no GPU here; use train.device=cpu or install a CUDA build of torch")
+        raise UserError(
+            "train.device=cuda: torch sees no GPU here; use train.device=cpu or install a CUDA build of torch"
+        )
     if wanted is Device.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())  # ranks may share a GPU
 
 
 def wanted_ranks(layout: Layout, *, device: Device) -> int:
-    """Ranks to start on this machine: what the layout says; with dp = -1 every GPU it can use, or, on a CPU, the fewest."""
+    """Ranks to start on this machine: what the layout says; with dp = -1 every usable GPU, on a CPU the fewest."""
     least = layout.world
     if layout.dp != -1 or pick_device(device).type == "cpu":
         return least
@@ -76,11 +78,13 @@ def join(*, device: Device, communication: Communication, timeout: float, thread
     backend = _backend(communication, where, local_size)
     limit = timedelta(seconds=timeout)
     if backend == "gloo":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo") if local_size == size else None
+        if local_size == size:  # all on this machine: the host name need not resolve
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit)
         return World(rank, size, local_rank, local_size, where, backend, dist.group.WORLD)
     dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=limit, device_id=where)
     host_group = dist.new_group(backend="gloo", timeout=limit)
+    assert isinstance(host_group, ProcessGroup)
     return World(rank, size, local_rank, local_size, where, backend, host_group)
 
 

@@ -8,8 +8,17 @@ from torch import Tensor
 
 
 def moe(
-    x_BSD: Tensor, gate_ED: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *, top_k: int, score: str = "softmax",
-    renormalize: bool = True, scale: float = 1.0, bias_E: Tensor | None = None, factor: float | None = None,
+    x_BSD: Tensor,
+    gate_ED: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    top_k: int,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias_E: Tensor | None = None,
+    factor: float | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """A dense MoE layer -> (y_BSD, load_E, assignments dropped). ``factor``: capacity with drop scope ``sequence``."""
     E = len(gate_ED)

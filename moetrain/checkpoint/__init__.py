@@ -13,8 +13,9 @@ written, where a whole save here takes a third of a second. What is left of it, 
 from moetrain.checkpoint.folders import latest, prune, step_folder
 from moetrain.checkpoint.index import FORMAT_VERSION
 from moetrain.checkpoint.reading import load, read_index, read_meta
-from moetrain.checkpoint.types import Chunk, Logical, Report
+from moetrain.checkpoint.types import Report
 from moetrain.checkpoint.writing import save
+from moetrain.logical import Chunk, Logical
 
 __all__ = [
     "FORMAT_VERSION",

@@ -16,9 +16,10 @@ from torch.distributed import ProcessGroup
 from moetrain.checkpoint.boxes import BoxIndex, intersection, volume, within
 from moetrain.checkpoint.folders import committed_index, damaged
 from moetrain.checkpoint.index import Entry, Index, Stored, decode
-from moetrain.checkpoint.types import DTYPE_NAMES, Logical, Report, check
+from moetrain.checkpoint.types import DTYPE_NAMES, Report, check
 from moetrain.checkpoint.wire import Wire
 from moetrain.config import UserError
+from moetrain.logical import Logical
 
 _SLAB = 16 * 2**20
 

@@ -1,10 +1,11 @@
-"""What callers hand in and get back: a ``Logical`` tensor, the ``Chunk`` boxes of it held here, a load's ``Report``."""
+"""What callers get back, a load's ``Report``, and what may be handed in: ``Logical`` tensors of these dtypes."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from moetrain.logical import Logical
 
 DTYPES = {
     "float64": torch.float64,
@@ -19,23 +20,6 @@ DTYPES = {
 """Name on disk -> dtype."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a logical tensor that this rank holds: saved from and loaded into in place, strided, on any device."""
-
-    offsets: tuple[int, ...]
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
-class Logical:
-    """One tensor of the run, whoever holds it; several ranks may hold the same box, which is saved once."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)

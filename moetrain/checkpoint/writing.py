@@ -15,8 +15,9 @@ from torch.distributed import ProcessGroup
 from moetrain.checkpoint.boxes import Box, untiled, volume
 from moetrain.checkpoint.folders import new_leftover, publish, refuse_committed
 from moetrain.checkpoint.index import Entry, Index, Stored, encode, file_name
-from moetrain.checkpoint.types import DTYPE_NAMES, DTYPES, Logical, check
+from moetrain.checkpoint.types import DTYPE_NAMES, DTYPES, check
 from moetrain.checkpoint.wire import Wire
+from moetrain.logical import Logical
 
 _SAFETENSORS = {
     torch.float64: "F64",

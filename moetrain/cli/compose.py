@@ -1,4 +1,4 @@
-"""Hydra lives here and only here: configs/ + command line -> one checked Config, or one line that says what is wrong."""
+"""Hydra lives here and only here: configs/ + command line -> one checked Config, or one line on what is wrong."""
 
 import contextlib
 import os
@@ -30,7 +30,19 @@ PACKAGES = {
 }
 """Where the options of a short group belong in the tree."""
 
-HYDRA_FLAGS = ("-m", "--multirun", "-c", "--cfg", "-h", "--help", "--hydra-help", "-i", "--info", "-sc", "--shell-completion")
+HYDRA_FLAGS = (
+    "-m",
+    "--multirun",
+    "-c",
+    "--cfg",
+    "-h",
+    "--help",
+    "--hydra-help",
+    "-i",
+    "--info",
+    "-sc",
+    "--shell-completion",
+)
 
 
 def folder() -> Path:
@@ -65,7 +77,9 @@ def compose(argv: list[str]) -> Config:
         return _from_file(Path(argv[at + 1]), argv[:at] + argv[at + 2 :])
     for word in argv:
         if word.startswith("-"):
-            raise UserError(f"unknown option {word}{nearest(word, (*HYDRA_FLAGS, '--config'))} (keys are given as key=value)")
+            raise UserError(
+                f"unknown option {word}{nearest(word, (*HYDRA_FLAGS, '--config'))} (keys are given as key=value)"
+            )
         if "=" not in word and not word.startswith("~"):
             raise UserError(f"{word!r} is not key=value: write for example optim.lr=3e-4")
     register()

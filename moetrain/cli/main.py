@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})")
+            raise UserError(
+                f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})"
+            )
         return importlib.import_module(f"moetrain.cli.{argv[0]}").main(argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -48,4 +48,3 @@ def _sweep_job(cfg: Config) -> float | None:
 
 def _overrides(argv: list[str]) -> list[str]:
     return [word for word in argv if "=" in word and not word.startswith("-")]
-

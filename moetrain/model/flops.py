@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from moetrain.model.transformer import ModelConfig
 from moetrain.model.attention import QKNorm
+from moetrain.model.transformer import ModelConfig
 
 
 @dataclass(frozen=True)

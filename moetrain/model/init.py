@@ -21,7 +21,9 @@ def initialize(tensors: dict[str, Logical], cfg: ModelConfig, *, seed: int) -> N
             _fill(chunk.tensor, name, logical.shape, chunk.offsets, cfg, seed)
 
 
-def _fill(box: Tensor, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], cfg: ModelConfig, seed: int) -> None:
+def _fill(
+    box: Tensor, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], cfg: ModelConfig, seed: int
+) -> None:
     if name.endswith("norm.weight"):
         box.fill_(1.0)
     elif name.endswith(".bias"):

@@ -54,7 +54,7 @@ class Scaling(Enum):
 
 @config
 class RopeConfig:
-    """Rotary positions (arXiv 2104.09864); ``linear`` (2306.15595) and ``yarn`` (2309.00071) stretch them by ``factor``."""
+    """Rotary positions (arXiv 2104.09864), stretched by ``factor``: ``linear`` (2306.15595), ``yarn`` (2309.00071)."""
 
     theta: float = 10000.0
     scaling: Scaling = Scaling.none

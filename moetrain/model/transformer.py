@@ -52,7 +52,9 @@ class ModelConfig:
                 f"{_divisors(self.dim)} or set model.head_dim"
             )
         if self.width_of_heads % 2:
-            raise UserError(f"model.head_dim={self.width_of_heads} is odd: rotary positions pair dimensions, use an even one")
+            raise UserError(
+                f"model.head_dim={self.width_of_heads} is odd: rotary positions pair dimensions, use an even one"
+            )
         if self.moe_every < 1:
             raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
 
@@ -102,9 +104,7 @@ class Block(nn.Module):
         shared = self.moe is not None and cfg.moe.shared_hidden > 0
         self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None
 
-    def forward(
-        self, x_BSD: Tensor, carry: Carry, ctx: Context, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Carry]:
+    def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Carry]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, ctx.documents_BS)
         h_BSD = self.ffn_norm(x_BSD)
         if self.ffn is not None:

@@ -68,7 +68,8 @@ class MoE(nn.Module):
                 f"layout.ep={ep} does not divide model.moe.num_experts={self.cfg.num_experts}: use one of {fits}"
             )
         self.edp, self.ep, self.rank, self.group = edp, ep, rank, group
-        self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
+        with torch.device("cpu"):  # planning tables are real even where the model is on meta
+            self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
         self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.cfg.hidden)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
@@ -110,7 +111,9 @@ class MoE(nn.Module):
         for term in self.cfg.balance.values():
             self.bias_E.copy_(term.bias(self.bias_E, load_E))
 
-    def _balance(self, y_TD: Tensor, routing: Routing, num_sequences: int, mask_T: Tensor | None, ctx: Context) -> Tensor:
+    def _balance(
+        self, y_TD: Tensor, routing: Routing, num_sequences: int, mask_T: Tensor | None, ctx: Context
+    ) -> Tensor:
         total = None
         for j, term in enumerate(self.terms.values()):
             loss = term.loss(routing, num_sequences=num_sequences, mask_T=mask_T, group=self.sequence_group)

@@ -1,4 +1,4 @@
-"""Moving rows by index, where every gradient is a gather and a sum: no index_add, no atomics, the same bits each time."""
+"""Moving rows by index; every gradient is a gather and a sum: no index_add, no atomics, the same bits each time."""
 
 import torch
 from torch import Tensor

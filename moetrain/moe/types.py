@@ -78,7 +78,9 @@ class Placement:
             held[row[row >= 0]] = True
             if not held.all():
                 lost = (~held).nonzero().flatten().tolist()
-                raise ValueError(f"placement leaves experts {lost} without a slot on ranks {start}..{start + self.span}")
+                raise ValueError(
+                    f"placement leaves experts {lost} without a slot on ranks {start}..{start + self.span}"
+                )
 
     @property
     def num_slots(self) -> int:
@@ -146,7 +148,9 @@ class Balance:
 
     coef: float = 0.0
 
-    def loss(self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None) -> Tensor | None:
+    def loss(
+        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
+    ) -> Tensor | None:
         """() a sum over this rank's tokens, without ``coef`` and without a divisor; ``None`` adds no loss.
 
         Tokens are ``num_sequences`` equal runs of T; ``group`` is the ranks that hold the rest of those sequences.
@@ -172,8 +176,15 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, target_E: Tensor, num_slots: int, num_sequences: int,
-        mask_T: Tensor | None, group: ProcessGroup | None,
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        target_E: Tensor,
+        num_slots: int,
+        num_sequences: int,
+        mask_T: Tensor | None,
+        group: ProcessGroup | None,
     ) -> tuple[Rows, Any]:
         """(T, D) -> the rows of this rank's ``num_slots`` slots, and the ticket that ``combine`` needs.
 

@@ -24,7 +24,9 @@ def check(layout: Layout, cfg: ModelConfig) -> None:
             raise UserError(f"layout.{axis}={degree}: {name} parallelism is not built yet; use layout.{axis}=1")
     if cfg.moe_layers and cfg.moe.num_experts % layout.ep:
         fits = [n for n in range(1, cfg.moe.num_experts + 1) if cfg.moe.num_experts % n == 0]
-        raise UserError(f"layout.ep={layout.ep} does not divide model.moe.num_experts={cfg.moe.num_experts}: use one of {fits}")
+        raise UserError(
+            f"layout.ep={layout.ep} does not divide model.moe.num_experts={cfg.moe.num_experts}: use one of {fits}"
+        )
 
 
 def parallelize(cfg: ModelConfig, mesh: Mesh, *, sharding: ShardingConfig, dtype: torch.dtype) -> Transformer:

@@ -5,6 +5,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.logical import Chunk, Logical
 from moetrain.model.transformer import Transformer
+from moetrain.moe.layer import MoE
 
 
 def parameters(model: Transformer) -> dict[str, Logical]:
@@ -14,9 +15,7 @@ def parameters(model: Transformer) -> dict[str, Logical]:
 
 def buffers(model: Transformer) -> dict[str, Logical]:
     """Name -> what is saved besides parameters: the balance terms' state, the same on every rank."""
-    return {
-        name: Logical(tuple(b.shape), b.dtype, (Chunk((0,) * b.dim(), b),)) for name, b in model.named_buffers()
-    }
+    return {name: Logical(tuple(b.shape), b.dtype, (Chunk((0,) * b.dim(), b),)) for name, b in model.named_buffers()}
 
 
 def describe(model: Transformer, name: str, box: Tensor) -> Logical:
@@ -25,7 +24,8 @@ def describe(model: Transformer, name: str, box: Tensor) -> Logical:
     offsets = _offsets(p)
     if ".moe.experts." in name:
         layer = model.blocks[name.split(".")[1]].moe
-        owned = layer.placement.slots_of(layer.rank)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        assert isinstance(layer, MoE)
+        owned = layer.placement.slots_of(layer.rank)
         mine = owned[offsets[0] : offsets[0] + box.shape[0]]
         chunks = tuple(Chunk((e, *offsets[1:]), box[i : i + 1]) for i, e in enumerate(mine))
         return Logical((model.cfg.moe.num_experts, *p.shape[1:]), box.dtype, chunks if box.numel() else ())

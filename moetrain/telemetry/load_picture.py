@@ -12,9 +12,8 @@ def draw(load_LE: list[tuple[int, list[int]]]) -> list[str]:
     for layer, load_E in load_LE:
         mean = sum(load_E) / len(load_E) or 1.0
         bars = "".join(BARS[min(len(BARS) - 1, int(x / mean * len(BARS) / 2))] for x in _merge(load_E, 64))
-        lines.append(
-            f"  layer {layer:>2} {bars}  max violation {max(load_E) / mean - 1:.2f}, least {min(load_E) / mean:.2f}x even"
-        )
+        most, least = max(load_E) / mean, min(load_E) / mean
+        lines.append(f"  layer {layer:>2} {bars}  max violation {most - 1:.2f}, least {least:.2f}x even")
     return lines
 
 

@@ -48,7 +48,9 @@ class Bar:
     def __init__(self, *, total: int, done: int, shown: bool) -> None:
         shown = shown and sys.stdout.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"), console=Console(), transient=True)
+        bar = Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"), console=Console(), transient=True
+        )
         self._bar = bar if shown else None
         self._task = bar.add_task("training", total=total, completed=done, words="")
         if self._bar:

@@ -226,6 +226,27 @@ def test_a_committed_checkpoint_is_never_written_over(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_everything_is_on_disk_before_it_is_named(tmp_path, monkeypatch):
+    """The order that a power cut would test: data, index, folder; rename, root; marker, its rename, folder."""
+    done = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append((a.name, b.name)), rename(a, b)))
+    folder = save(tmp_path, 4)
+    prepared = done[0].parent
+    assert prepared.name.startswith("step-00000004.tmp-")
+    assert done == [
+        prepared / "rank-00000.safetensors",
+        prepared / "index.json",
+        prepared,
+        (prepared.name, folder.name),
+        tmp_path,
+        folder / "COMMITTED.tmp",
+        ("COMMITTED.tmp", "COMMITTED"),
+        folder,
+    ]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

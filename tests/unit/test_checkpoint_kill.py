@@ -58,7 +58,8 @@ def die_at(root, operation):
     left = [operation]
 
     def watch(event, args):
-        if event in TOUCHES_DISK and str(root) in str(args[0]):
+        # Removing a tree names what is in it relative to an open folder.
+        if event in TOUCHES_DISK and (str(root) in str(args[0]) or not str(args[0]).startswith("/")):
             if left[0] == 0:
                 os._exit(9)
             left[0] -= 1

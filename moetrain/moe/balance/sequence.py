@@ -16,7 +16,9 @@ class Sequence(Balance):
 
     coef: float = 1e-4
 
-    def loss(self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None) -> Tensor:
+    def loss(
+        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
+    ) -> Tensor:
         """() float; equals the number of tokens when load is even within every sequence."""
         E = routing.scores_TE.shape[1]
         ids_BX = routing.ids_TK.view(num_sequences, -1)

@@ -17,7 +17,9 @@ class Switch(Balance):
 
     coef: float = 0.01
 
-    def loss(self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None) -> Tensor:
+    def loss(
+        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
+    ) -> Tensor:
         """() float; equals the number of tokens when load is even."""
         load_E = comm.all_reduce_(routing.load_E.clone(), group=group)
         f_E = load_E / load_E.sum().clamp_min(1)

@@ -13,7 +13,9 @@ class ZLoss(Balance):
 
     coef: float = 1e-3
 
-    def loss(self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None) -> Tensor:
+    def loss(
+        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
+    ) -> Tensor:
         """() float."""
         z_T = routing.logits_TE.logsumexp(-1).square()
         return z_T.sum() if mask_T is None else (z_T * mask_T).sum()

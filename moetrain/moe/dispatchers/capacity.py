@@ -40,11 +40,20 @@ class Capacity(Dispatcher):
 
     def __post_init__(self) -> None:
         if isinstance(self.factor, float | int) and self.factor <= 0:
-            raise UserError(f"model.moe.dispatcher.factor={self.factor}: the capacity factor has to be above 0 (try 1.25)")
+            raise UserError(
+                f"model.moe.dispatcher.factor={self.factor}: the capacity factor has to be above 0 (try 1.25)"
+            )
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, target_E: Tensor, num_slots: int, num_sequences: int,
-        mask_T: Tensor | None, group: ProcessGroup | None,
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        target_E: Tensor,
+        num_slots: int,
+        num_sequences: int,
+        mask_T: Tensor | None,
+        group: ProcessGroup | None,
     ) -> tuple[Rows, Ticket]:
         (T, K), E, R = routing.ids_TK.shape, target_E.numel(), comm.size(group)
         tokens = T // num_sequences

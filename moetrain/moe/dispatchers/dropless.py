@@ -33,8 +33,15 @@ class Ticket:
 @config(group="dispatcher", name="dropless")
 class Dropless(Dispatcher):
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, target_E: Tensor, num_slots: int, num_sequences: int,
-        mask_T: Tensor | None, group: ProcessGroup | None,
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        target_E: Tensor,
+        num_slots: int,
+        num_sequences: int,
+        mask_T: Tensor | None,
+        group: ProcessGroup | None,
     ) -> tuple[Rows, Ticket]:
         T, K = routing.ids_TK.shape
         targets = comm.size(group) * num_slots

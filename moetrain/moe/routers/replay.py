@@ -31,13 +31,17 @@ class Replay(TopK):
         row_B = ctx.sample_B.to(logits_TE.device) - first[ctx.step]
         ids_TK = ids_BSK[row_B][:, ctx.position_S.to(logits_TE.device)].flatten(0, 1)
         if ids_TK.shape[1] != self.top_k:
-            raise UserError(f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}")
+            raise UserError(
+                f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}"
+            )
         return self.weigh(logits_TE, self.scores(logits_TE), ids_TK)
 
 
 def save_choices(path: Path, choices: dict[int, dict[int, Tensor]], *, first_sample: dict[int, int]) -> None:
     """Write step -> layer -> (samples, S, K) ids, samples counted from ``first_sample`` of that step."""
-    tensors = {f"{step}.{layer}": ids.to(torch.int32) for step, layers in choices.items() for layer, ids in layers.items()}
+    tensors = {
+        f"{step}.{layer}": ids.to(torch.int32) for step, layers in choices.items() for layer, ids in layers.items()
+    }
     tensors |= {f"{step}.first": torch.tensor(first) for step, first in first_sample.items()}
     save_file(tensors, path)
 
