@@ -1,4 +1,4 @@
-"""Checkpoints: boxes of named tensors and JSON in a folder, loadable under any layout. Read first: types, then writing.
+"""Checkpoints: boxes of named tensors and JSON in a folder, loadable under any layout. Read first: writing.
 
 State on disk is keyed by global name and offsets, never by rank. Tensor bytes lie in safetensors files, one per rank
 that had something to write; everything else is JSON; nothing on disk is ever unpickled. A folder is a checkpoint once
