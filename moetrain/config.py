@@ -90,7 +90,8 @@ def read(path: Path, root: type) -> Any:
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from e
+        why = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())
+        raise UserError(f"cannot read the config {path} ({why}): give a config.yaml of a run folder") from e
     return load(data, root)
 
 
@@ -118,7 +119,8 @@ def keys(node: Any, prefix: str = "") -> list[str]:
 def nearest(word: str, valid: Iterable[str]) -> str:
     """ "; did you mean 'x'?" or nothing: closest whole key first, then the closest last part of one."""
     valid = list(valid)
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    close = [v for v in valid if len(word) > 2 and v.startswith(word)][:1]
+    close = close or difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     if not close:
         leaves = {v.rpartition(".")[2]: v for v in reversed(valid)}
         close = [leaves[m] for m in difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1, cutoff=0.6)]

@@ -72,6 +72,7 @@ class TrainConfig:
     validate_samples: int | None = None  # of each held-out set; None = all
     bigram: bool = False  # at the end, an interpolated bigram model of the same training tokens beside ours
     exit_after: int | None = None  # save and leave after this many steps of this life, schedules unchanged
+    deterministic: bool = True  # on a GPU too, a step replayed is the same bits: attention's backward without atomics
     device: Device = Device.auto
     communication: Communication = Communication.auto
     timeout: float = 600.0  # seconds until a collective that somebody is missing from fails
@@ -130,7 +131,7 @@ def check(cfg: Config, *, world: int) -> Layout:
         if size % step:
             raise UserError(
                 f"{name}={size} is not a multiple of dp * train.micro_batch = {layout.dp} * {t.micro_batch} = {step}: "
-                f"use {max(step, size // step * step)} or {-(-size // step) * step}"
+                f"use {' or '.join(str(n) for n in (size // step * step, size // step * step + step) if n)}"
             )
     if cfg.optim.warmup > t.steps:
         raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")

@@ -1,6 +1,7 @@
 """Hydra lives here and only here: configs/ + command line -> one checked Config, or one line on what is wrong."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -8,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import moetrain
 from moetrain import config as configs
 from moetrain.config import OPTIONS, UserError, keys, nearest
+from moetrain.data.loader import CorpusConfig
 from moetrain.job import Config
 
 PACKAGES = {
@@ -62,19 +65,28 @@ def register() -> None:
             store(group=group, name=name, node=cls, package=PACKAGES[group].format(name=name))
 
 
-def normalize(argv: list[str]) -> list[str]:
-    """``+experiment=x`` and ``experiment=x`` are the same."""
-    return [re.sub(r"^\+(experiment=)", r"\1", word) for word in argv]
+def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """(what Hydra understands, (corpus, key, value) of ``data.corpora.NAME.key=value``).
+
+    Hydra cannot add a typed node to a mapping, so corpora are added here. ``+experiment=x`` is ``experiment=x``.
+    """
+    rest, corpora = [], []
+    for word in argv:
+        if found := re.fullmatch(r"\+*data\.corpora\.([\w-]+)\.(\w+)=(.*)", word, re.S):
+            corpora.append(found.groups())
+        else:
+            rest.append(re.sub(r"^\+(experiment=)", r"\1", word))
+    return rest, corpora
 
 
 def compose(argv: list[str]) -> Config:
     """Overrides, or ``--config FILE`` and overrides of its keys -> Config. Raises ``UserError`` in one line."""
-    argv = normalize(argv)
+    argv, corpora = split(argv)
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise UserError("--config needs a file: moetrain train --config runs/NAME/config.yaml")
-        return _from_file(Path(argv[at + 1]), argv[:at] + argv[at + 2 :])
+        return _from_file(Path(argv[at + 1]), argv[:at] + argv[at + 2 :], corpora)
     for word in argv:
         if word.startswith("-"):
             raise UserError(
@@ -85,15 +97,16 @@ def compose(argv: list[str]) -> Config:
     register()
     GlobalHydra.instance().clear()
     with _one_line(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder())):
-        return OmegaConf.to_object(hydra.compose("train", overrides=argv))  # pyright: ignore[reportReturnType]
+        return _finish(hydra.compose("train", overrides=argv), corpora)
 
 
 def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
     """Hydra's own manners: --help, --cfg job, -m sweeps (each job in its own run folder), --info, completion."""
     register()
+    argv, corpora = split(argv)
 
     def job(node) -> float | None:
-        cfg: Config = OmegaConf.to_object(node)  # pyright: ignore[reportAssignmentType]
+        cfg = _finish(node, corpora)
         hc = HydraConfig.get()
         if hc.mode == RunMode.MULTIRUN:
             name = f"{cfg.run.name}/{hc.job.num:03d}-{hc.job.override_dirname}".rstrip("-").replace(" ", "")
@@ -102,7 +115,7 @@ def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
     before = sys.argv
-    sys.argv = ["moetrain train", *normalize(argv)]
+    sys.argv = ["moetrain train", *argv]
     try:
         with _one_line():
             hydra.main(version_base="1.3", config_path=str(folder()), config_name="train")(job)()
@@ -110,14 +123,24 @@ def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
         sys.argv = before
 
 
-def _from_file(path: Path, overrides: list[str]) -> Config:
+def _from_file(path: Path, overrides: list[str], corpora: list[tuple[str, str, str]]) -> Config:
     cfg = configs.read(path, Config)
-    if not overrides:
+    if not overrides and not corpora:
         return cfg
     with _one_line():
         node = OmegaConf.structured(cfg)
         node.merge_with_dotlist(overrides)
-        return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
+        return _finish(node, corpora)
+
+
+def _finish(node: DictConfig, corpora: list[tuple[str, str, str]]) -> Config:
+    """Add the corpora; composed tree -> live, checked objects."""
+    for name, key, value in corpora:
+        if name not in node.data.corpora:
+            with open_dict(node):
+                node.data.corpora[name] = OmegaConf.structured(CorpusConfig)
+        OmegaConf.update(node, f"data.corpora.{name}.{key}", value if key == "path" else yaml.safe_load(value))
+    return OmegaConf.to_object(node)  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
@@ -125,6 +148,12 @@ def _one_line():
     """Turn what Hydra and OmegaConf say into a ``UserError`` that names the value, the rule and the fix."""
     try:
         yield
+    except OverrideParseException as e:
+        raise UserError(f"{e.override!r} cannot be parsed: {_first_line(str(e))}") from e
+    except dataclasses.FrozenInstanceError as e:  # +key=value made a node of the tree larger than its class
+        raise UserError(
+            f"unknown key added with '+': {str(e).split(' is ')[0]}; moetrain train --cfg job prints every key"
+        ) from e
     except (HydraException, OmegaConfBaseException) as e:
         raise UserError(_explain(e)) from e
 
@@ -135,13 +164,16 @@ def _explain(e: BaseException) -> str:
         chain.append(str(cause))
         cause = cause.__cause__
     text = "\n".join(chain)
-    if found := re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text):
+    if found := re.search(r"Could not (?:find|load) '([\w./-]+)/([\w.-]+)'", text):
         group, option = found.groups()
         options = sorted(_options(group))
         return f"{group}={option}: no such option{nearest(option, options)} (there are: {', '.join(options)})"
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text):
         key = found[1] or (re.search(r"full_key: (\S+)", text) or found)[1] or found[2]
         return f"unknown key '{key}'{nearest(key, _all_keys())}; moetrain train --cfg job prints every key"
+    if found := re.search(r"[Mm]issing mandatory value:? (\S+)", text):
+        key = (re.search(r"full_key: (\S+)", text) or found)[1]
+        return f"{key} has no value: give one with {key}=..."
     if found := re.search(r"full_key: (\S+)", text):
         rule = next((line for line in reversed(text.splitlines()) if "Value" in line or "Invalid" in line), chain[-1])
         return f"{found[1]}: {_first_line(rule)}"

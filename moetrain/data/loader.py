@@ -35,7 +35,7 @@ _ORDER_VERSION = 1  # part of the fingerprint; raised when the same seed would g
 class CorpusConfig:
     """One source of the mix."""
 
-    path: str = "stdlib"  # "stdlib" (built on first use) or a tokenized corpus folder
+    path: str  # "stdlib" (built on first use) or a tokenized corpus folder
     weight: float = 1.0  # its share of the samples, relative to the others'
 
 
@@ -45,7 +45,7 @@ class DataConfig:
 
     cache: str = "~/.cache/moetrain"  # where the default corpus is built
     vocab_size: int = 4096  # of the tokenizer trained for the default corpus
-    corpora: dict[str, CorpusConfig] = field(default_factory=lambda: {"stdlib": CorpusConfig()})
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
     seed: int | None = None  # of the order of the samples; None: the run's seed
     mask_documents: bool = False  # attention stays inside a document; its first token is then no target
     ignore_tokens: list[int] = field(default_factory=list)  # token ids that are never counted as targets

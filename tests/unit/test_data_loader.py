@@ -202,4 +202,4 @@ def test_user_errors(paths, tmp_path):
 def test_config_round_trip():
     cfg = DataConfig(corpora={"a": CorpusConfig(path="x", weight=2)}, ignore_tokens=[1], seed=3)
     assert dump(load(dump(cfg), DataConfig)) == dump(cfg)
-    assert replace(DataConfig(), vocab_size=2048).corpora["stdlib"].path == "stdlib"
+    assert replace(cfg, vocab_size=2048).corpora["a"].path == "x"
