@@ -12,6 +12,7 @@ from moetrain.data.loader import Validation
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer, token_losses
 from moetrain.moe.types import Context
+from moetrain.world import to_device
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, *, micro_batc
         whole = batch.mask_BS is None or bool(batch.mask_BS.all())
         ctx = Context(
             step=step, micro_batch=0, sample_B=batch.sample_B, position_S=position_S, routed_tokens=1.0, training=False,
-            mask_BS=None if whole else batch.mask_BS.to(mesh.device),  # pyright: ignore[reportOptionalMemberAccess]
-            documents_BS=None if batch.documents_BS is None else batch.documents_BS.to(mesh.device),
+            mask_BS=None if whole else to_device(batch.mask_BS, mesh.device),  # pyright: ignore[reportArgumentType]
+            documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, mesh.device),
         )  # fmt: skip
-        logits_BSV = model(batch.tokens_BS.to(mesh.device), ctx)
-        total += token_losses(logits_BSV, batch.targets_BS.to(mesh.device))
+        logits_BSV = model(to_device(batch.tokens_BS, mesh.device), ctx)
+        total += token_losses(logits_BSV, to_device(batch.targets_BS, mesh.device))
     comm.all_reduce_(total, group=mesh.group("dense", "dp"))
     return _score(total.item(), held_out)
 

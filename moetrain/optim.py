@@ -85,7 +85,10 @@ class Optimizer:
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | float) -> None:
         """Update in place with ``scale * grads``."""
-        torch._foreach_mul_(list(grads.values()), scale)  # pyright: ignore[reportPrivateImportUsage]
+        values = list(grads.values())
+        if isinstance(scale, Tensor):  # of another dtype, CUDA would launch a kernel per gradient
+            scale = scale.to(values[0].dtype)
+        torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.adamw.param_groups:
             group["lr"] = lr
         for name, p in self.leaves.items():

@@ -18,7 +18,7 @@ from moetrain.moe.types import Context
 from moetrain.optim import Optimizer, clip_scale, grad_norm
 from moetrain.parallel import parallelize, state
 from moetrain.parallel.data import set_last_micro_batch
-from moetrain.world import World
+from moetrain.world import World, allow_fixed_order, fixed_order, to_device
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, world: World, data: Data) -> None:
         self.cfg, self.world, self.data = cfg, world, data
+        if cfg.train.deterministic:
+            allow_fixed_order(world.device)
         layout = check(cfg, world=world.size)
         self.mesh = Mesh.build(layout, rank=world.rank, world=world.size, device=world.device)
         self.dtype = cfg.train.dtype.torch
@@ -75,11 +77,12 @@ class Trainer:
         ctx = Context(
             step=self.steps, micro_batch=m, sample_B=batch.sample_B,
             position_S=torch.arange(t.seq_len, device=device), routed_tokens=routed_tokens, seed=self.cfg.seed,
-            documents_BS=None if batch.documents_BS is None else batch.documents_BS.to(device),
+            documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, device),
         )  # fmt: skip
-        logits_BSV = self.model(batch.tokens_BS.to(device, non_blocking=True), ctx)
-        loss = token_losses(logits_BSV, batch.targets_BS.to(device, non_blocking=True)) / targets
-        loss.backward()
+        logits_BSV = self.model(to_device(batch.tokens_BS, device), ctx)
+        loss = token_losses(logits_BSV, to_device(batch.targets_BS, device)) / targets
+        with fixed_order(device, on=t.deterministic):
+            loss.backward()
         return loss.detach()
 
     def _update(self, loss: Tensor) -> StepResult:

@@ -1,12 +1,15 @@
 """Which rank this process is, on which device, and the process group it joins. One place reads the environment."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError
@@ -91,6 +94,32 @@ def join(*, device: Device, communication: Communication, timeout: float, thread
 def leave(world: World) -> None:
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A batch's tensor on ``device``; to a GPU by way of pinned memory, so that the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def allow_fixed_order(device: torch.device) -> None:
+    """Once, before the first matmul: what ``fixed_order`` needs on a GPU."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not reproducible; chosen in the forward
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def fixed_order(device: torch.device, *, on: bool) -> Iterator[None]:
+    """A backward run inside adds in a fixed order. On a GPU, attention's would otherwise add by atomics."""
+    if not on or device.type != "cuda":
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _backend(wanted: Communication, device: torch.device, local_size: int) -> str:

@@ -4,7 +4,9 @@ import torch
 
 _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "B200": {torch.bfloat16: 2250.0, torch.float32: 80.0},
+    "H200 NVL": {torch.bfloat16: 835.5, torch.float32: 60.0},
     "H200": {torch.bfloat16: 989.5, torch.float32: 67.0},
+    "H100 NVL": {torch.bfloat16: 835.5, torch.float32: 60.0},
     "H100 PCIe": {torch.bfloat16: 756.0, torch.float32: 51.0},
     "H100": {torch.bfloat16: 989.5, torch.float32: 67.0},
     "A100": {torch.bfloat16: 312.0, torch.float32: 19.5},
