@@ -115,11 +115,12 @@ def fixed_order(device: torch.device, *, on: bool) -> Iterator[None]:
     if not on or device.type != "cuda":
         yield
         return
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def _backend(wanted: Communication, device: torch.device, local_size: int) -> str:

@@ -1,0 +1,61 @@
+"""The grouped GEMM backend on the device against plain float64 matmuls: forward and every gradient, ragged counts."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.kernels import grouped, reference
+from moetrain.moe.rows import inverse
+from moetrain.moe.types import Rows
+
+E, D, F = 16, 128, 64
+COUNTS = {
+    "random": [31, 7, 0, 112, 1, 64, 3, 0, 0, 129, 17, 5, 255, 16, 2, 96],
+    "even": [64] * E,
+    "all to one": [0] * 5 + [777] + [0] * (E - 6),
+    "first and last empty": [0] + [33] * (E - 2) + [0],
+    "one row": [0] * (E - 1) + [1],
+    "no rows": [0] * E,
+}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+
+
+def rows(counts: list[int], x_ND: Tensor, weights_N: Tensor) -> Rows:
+    """Every row of x goes to one expert, in an order that is not theirs."""
+    generator = torch.Generator().manual_seed(1)
+    ids_N = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
+    ids_N = ids_N[torch.randperm(len(ids_N), generator=generator)].to(x_ND.device)
+    index_M = ids_N.argsort(stable=True)
+    offsets_S = torch.tensor(counts).cumsum(0).to(x_ND.device, torch.int32)
+    return Rows(x_ND, index_M, inverse(index_M)[:, None], offsets_S, weights_N[index_M])
+
+
+def compute(
+    backend, counts: list[int], t: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    leaves = {n: v.to(device, dtype, copy=True).requires_grad_() for n, v in t.items() if n != "g"}
+    y_MD = backend(rows(counts, leaves["x"], leaves["weights"]), leaves["gate_up"], leaves["down"])
+    y_MD.backward(t["g"].to(device, dtype))
+    grads = {f"grad of {n}": leaf.grad.double().cpu() for n, leaf in leaves.items()}  # pyright: ignore
+    return {"y": y_MD.detach().double().cpu(), **grads}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", COUNTS)
+def test_grouped_mm_equals_float64(device, dtype, case) -> None:
+    counts, N = COUNTS[case], sum(COUNTS[case])
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (N, D), "weights": (N,), "gate_up": (E, 2, F, D), "down": (E, D, F), "g": (N, D)}
+    t = {n: torch.randn(shape, generator=generator).to(dtype) * 0.3 for n, shape in shapes.items()}
+    if device.type == "cuda":  # what is not written shows
+        poison = [torch.full((n,), torch.nan, device=device) for n in (1 << 18, 1 << 20, 1 << 22)]
+        del poison
+    got = compute(grouped.swiglu, counts, t, device, dtype)
+    want = compute(reference.swiglu, counts, t, torch.device("cpu"), torch.float64)
+    for name, expected in want.items():
+        assert got[name].isfinite().all(), f"{name}: something was not written"
+        if name in ("grad of gate_up", "grad of down"):
+            empty = [e for e, n in enumerate(counts) if n == 0]
+            assert got[name][empty].abs().sum() == 0, f"{name}: experts without rows have a gradient of exactly zero"
+        error = (got[name] - expected).norm() / expected.norm().clamp_min(1e-30)
+        assert error <= TOLERANCE[dtype] or expected.norm() == 0, f"{name}: relative error {error:.2e}"
