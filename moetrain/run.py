@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from moetrain.train import StepResult, Trainer
 from moetrain.world import World
 
 
+class FailedError(RuntimeError):
+    """A rank failed; its log file has the traceback."""
+
+
 def run(cfg: Config, world: World) -> None:
-    """Collective: every rank calls it. Raises ``UserError`` for what the user can mend; it is in the rank's log too."""
+    """Collective: every rank calls it. Raises ``UserError`` for what the user can mend, else ``FailedError``."""
     folder = cfg.run.folder
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,13 +37,21 @@ def run(cfg: Config, world: World) -> None:
     try:
         _run(cfg, world, log)
     except UserError as e:
-        log.handlers[0].handle(log.makeRecord("moetrain", logging.ERROR, "", 0, str(e), (), None))
+        _to_file(log, str(e))
         raise
-    except Exception:
-        log.exception("rank %d failed", world.rank)
-        raise
+    except Exception as e:
+        _to_file(log, traceback.format_exc())
+        path = folder / "logs" / f"rank-{world.rank}.log"
+        raise FailedError(
+            f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]} (traceback in {path})"
+        ) from e
     finally:
         close_log(log)
+
+
+def _to_file(log: logging.Logger, text: str) -> None:
+    """To the rank's log file only: the console gets one line from whoever started the rank."""
+    log.handlers[0].handle(log.makeRecord("moetrain", logging.ERROR, "", 0, text, (), None))
 
 
 def _run(cfg: Config, world: World, log: logging.Logger) -> None:

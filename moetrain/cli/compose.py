@@ -59,7 +59,10 @@ def folder() -> Path:
 
 def register() -> None:
     store = ConfigStore.instance().store
-    store(name="schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    for group in ("gate", "router", "placement", "dispatcher"):  # OmegaConf cannot replace a node by its sibling class
+        OmegaConf.update(schema, PACKAGES[group], "???")
+    store(name="schema", node=schema)
     for group, options in OPTIONS.items():
         for name, cls in options.items():
             store(group=group, name=name, node=cls, package=PACKAGES[group].format(name=name))
@@ -109,7 +112,8 @@ def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
         cfg = _finish(node, corpora)
         hc = HydraConfig.get()
         if hc.mode == RunMode.MULTIRUN:
-            name = f"{cfg.run.name}/{hc.job.num:03d}-{hc.job.override_dirname}".rstrip("-").replace(" ", "")
+            swept = [word for word in hc.overrides.task if word not in argv]
+            name = f"{cfg.run.name}/{hc.job.num:03d}-{','.join(swept)}"[:200].rstrip("-").replace(" ", "")
             cfg = configs.replace(cfg, run=configs.replace(cfg.run, name=name))
         return task(cfg)
 

@@ -9,22 +9,31 @@ from pathlib import Path
 
 from moetrain import config as configs
 from moetrain.config import UserError
-from moetrain.job import Config
-from moetrain.run import run
+from moetrain.job import Config, check, preflight
+from moetrain.run import FailedError, run
 from moetrain.world import join, leave
 
 
-def be_rank(cfg: Config) -> int:
-    """Run this process's rank; only rank 0 says on the console what the user can mend."""
-    world = None
+def be_rank(cfg: Config, *, checked: bool) -> int:
+    """Run this process's rank; only rank 0 says on the console what the user can mend.
+
+    ``checked``: whether whoever started this rank has been through ``preflight``; under torchrun nobody has.
+    """
+    rank, size, t = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), cfg.train
     try:
-        t = cfg.train
+        if not checked:
+            check(cfg, world=size)  # on every rank, before any of them waits for another
+            if rank == 0:
+                preflight(cfg, world=size, log=lambda line: print(line, flush=True))
         world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
         run(cfg, world)
     except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
+    except FailedError as e:
+        print(f"rank {rank}: {e}", file=sys.stderr, flush=True)
+        return 1
     leave(world)
     return 0
 
@@ -68,4 +77,4 @@ def _die_with_parent() -> None:
 
 if __name__ == "__main__":
     _die_with_parent()
-    raise SystemExit(be_rank(configs.read(Path(sys.argv[1]), Config)))
+    raise SystemExit(be_rank(configs.read(Path(sys.argv[1]), Config), checked=True))

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         return 0
     cfg = compose(argv)
     if launched():
-        return be_rank(cfg)
+        return be_rank(cfg, checked=False)
     return _start(cfg)
 
 
@@ -33,7 +33,7 @@ def _start(cfg: Config) -> int:
     world = wanted_ranks(cfg.layout, device=cfg.train.device)
     preflight(cfg, world=world, log=lambda line: print(line, flush=True))
     configs.write(cfg, cfg.run.folder / "config.yaml")
-    return be_rank(cfg) if world == 1 else start_ranks(cfg.run.folder, ranks=world)
+    return be_rank(cfg, checked=True) if world == 1 else start_ranks(cfg.run.folder, ranks=world)
 
 
 def _sweep_job(cfg: Config) -> float | None:

@@ -1,0 +1,144 @@
+"""Every documented wrong input: one line that names the value, the rule and the fix, exit code 2, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.main import main
+
+TINY = [
+    "model.vocab_size=512", "model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.moe.num_experts=4", "model.moe.hidden=32", "train.steps=2", "train.batch=4", "train.micro_batch=2",
+    "train.seq_len=32", "train.threads=1", "train.device=cpu", "train.validate_samples=4", "optim.warmup=1",
+    "data=folder",
+]  # fmt: skip
+
+CASES = {
+    "an unknown key": ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+    "an unknown section": ("optm.lr=1", "did you mean 'optim.lr'?"),
+    "an unknown group": ("rooter=topk", "did you mean 'router'?"),
+    "an unknown option": ("router=tpk", "did you mean 'topk'?"),
+    "an unknown member of a list of options": ("balance=[switch,zloss]", "did you mean 'z_loss'?"),
+    "an unknown model": ("model=olmo", "did you mean 'olmoe_1b_7b'?"),
+    "an unknown experiment": ("experiment=quikstart", "did you mean 'quickstart'?"),
+    "a key added by +": ("+optim.foo=1", "OptimConfig.foo"),
+    "an unknown corpus key": ("data.corpora.text.pth=1", "unknown key 'data.corpora.text.pth'"),
+    "a word that is no override": ("optim.lr", "'optim.lr' is not key=value"),
+    "a word that cannot be parsed": ("seed=[", "'seed=[' cannot be parsed"),
+    "an unknown flag": ("--multirum", "did you mean '--multirun'?"),
+    "a string for a number": ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
+    "a fraction for a count": ("train.steps=1.5", "train.steps: Value '1.5'"),
+    "a value outside the list": ("train.dtype=float16", "expected one of [float32, bfloat16, float64]"),
+    "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
+    "a capacity factor of zero": ("dispatcher=capacity model.moe.dispatcher.factor=0", "has to be above 0"),
+    "more experts per token than experts": (
+        "model.moe.router.top_k=5",
+        "more than model.moe.num_experts=4: use 1 to 4",
+    ),
+    "experts not divisible by ep": (
+        "layout.ep=3",
+        "layout.ep=3 does not divide model.moe.num_experts=4: use one of [1, 2, 4]",
+    ),
+    "a layout whose expert view does not fit": ("layout.dp=2 layout.ep=4", "does not divide the 2 ranks there are"),
+    "a degree below one": ("layout.ep=0", "layout.ep=0: a degree is at least 1"),
+    "an axis that is not built yet": ("layout.tp=2", "tensor parallelism is not built yet"),
+    "a batch that does not divide": (
+        "train.batch=5",
+        "is not a multiple of dp * train.micro_batch = 1 * 2 = 2: use 4 or 6",
+    ),
+    "heads that do not divide": ("model.num_kv_heads=3", "does not divide model.num_heads=4: use one of [1, 2, 4]"),
+    "a warm-up longer than the run": ("optim.warmup=9", "longer than train.steps=2"),
+    "a sequence longer than the data": ("train.seq_len=99999999", "use a smaller seq_len"),
+    "a vocabulary smaller than the corpus's": ("model.vocab_size=100", "set model.vocab_size=512"),
+    "a missing corpus": ("data.corpora.text.path=/nowhere", "moetrain data tokenize"),
+    "no corpus at all": ("~data.corpora.text", "data.corpora is empty"),
+    "a run folder that cannot be written": ("run.dir=/dev/null/runs", "cannot be written (Not a directory)"),
+    "a run name that leaves its folder": ("run.name=../x", "cannot name a folder"),
+    "an unknown way to resume": ("run.resume=maybe", "is not one of auto, never"),
+    "a config file that is not there": ("--config /nowhere.yaml", "cannot read the config /nowhere.yaml"),
+    "replayed choices that are not there": ("router=replay model.moe.router.path=/nowhere", "cannot be read"),
+}
+
+
+def refused(capsys, argv: list[str], *, says: str) -> None:
+    """Exit code 2 and exactly one line that says it."""
+    assert main(["train", *argv]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(case, capsys, small_corpus, tmp_path) -> None:
+    value, says = CASES[case]
+    where = [f"run.dir={tmp_path / 'runs'}", f"data.corpora.text.path={small_corpus}"]
+    if value.startswith("~data.corpora"):
+        where.pop()
+    given = value.split()
+    argv = given if "--config" in given else [*TINY, *where, *given]
+    refused(capsys, argv, says=says)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    if "replay" not in value:
+        assert not (tmp_path / "runs").exists(), "refused before anything was made"
+
+
+def test_a_world_that_the_layout_does_not_fit(capsys, small_corpus, tmp_path, monkeypatch) -> None:
+    """As under torchrun: the launcher says three ranks, the layout wants two."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    argv = [*TINY, f"run.dir={tmp_path}", f"data.corpora.text.path={small_corpus}"]
+    refused(
+        capsys, [*argv, "layout.dp=2"], says="does not equal the 3 ranks there are: start 2 ranks or set layout.dp=-1"
+    )
+    refused(capsys, ["-m", *argv, "optim.lr=1,2"], says="-m inside torchrun")
+
+
+@pytest.fixture
+def finished(small_corpus, tmp_path) -> list[str]:
+    """A small finished run; the words that made it."""
+    argv = [*TINY, f"run.dir={tmp_path}", f"data.corpora.text.path={small_corpus}"]
+    assert main(["train", *argv]) == 0
+    return argv
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_of_another_model_or_of_other_data_is_kept(finished, capsys, tmp_path) -> None:
+    before = contents(tmp_path / "default")
+    capsys.readouterr()
+    refused(capsys, [*finished, "model.dim=64"], says="is a checkpoint of another model")
+    refused(capsys, [*finished, "model.moe.num_experts=8"], says="choose another run.name")
+    refused(capsys, [*finished, "train.seq_len=16"], says="was trained on other data, mix, seq_len or seed")
+    refused(capsys, [*finished, "run.resume=never"], says="already holds step-00000002")
+    assert contents(tmp_path / "default") == before
+
+
+def test_a_corrupt_token_file_is_named(capsys, small_corpus, tmp_path) -> None:
+    for n, (damage, says) in enumerate(
+        (
+            (lambda b: b[:-1], "train.bin"),
+            (lambda b: b"\xff\xff" + b[2:], "train.bin"),
+        )
+    ):
+        corpus = tmp_path / f"corpus{n}"
+        shutil.copytree(small_corpus, corpus)
+        file = corpus / "train.bin"
+        file.write_bytes(damage(file.read_bytes()))
+        refused(capsys, [*TINY, f"run.dir={tmp_path / 'runs'}", f"data.corpora.text.path={corpus}"], says=says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_named(finished, capsys, tmp_path) -> None:
+    newest = tmp_path / "default/checkpoints/step-00000002"
+    file = max(newest.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    refused(capsys, [*finished, "train.steps=4"], says=file.name)
