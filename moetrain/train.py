@@ -49,8 +49,11 @@ class Trainer:
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
 
-    def step(self) -> StepResult:
-        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again."""
+    def step(self, *, choices: list[dict[int, Tensor]] | None = None) -> StepResult:
+        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
+
+        ``choices``, if given, gets this rank's expert ids: layer -> (B, S, K), one entry a micro-batch.
+        """
         t, dp = self.cfg.train, self.mesh.layout.dp
         batch = batch_at(t, self.consumed)
         share = batch // dp
@@ -63,21 +66,37 @@ class Trainer:
         for m in range(micro_batches):
             set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
             loss += self.forward_backward(
-                m, first + m * t.micro_batch, targets=targets, routed_tokens=float(batch * t.seq_len)
+                m,
+                first + m * t.micro_batch,
+                targets=targets,
+                routed_tokens=float(batch * t.seq_len),
+                choices=choices,
             )
         result = self._update(loss)
         self.steps += 1
         self.consumed += batch
         return result
 
-    def forward_backward(self, m: int, first: int, *, targets: int, routed_tokens: float) -> Tensor:
+    def forward_backward(
+        self,
+        m: int,
+        first: int,
+        *,
+        targets: int,
+        routed_tokens: float,
+        choices: list[dict[int, Tensor]] | None = None,
+    ) -> Tensor:
         """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
         t, device = self.cfg.train, self.world.device
         batch = self.data.loader.batch(first, t.micro_batch)
+        chosen: dict[int, Tensor] = {}
+        if choices is not None:
+            choices.append(chosen)
         ctx = Context(
             step=self.steps, micro_batch=m, sample_B=batch.sample_B,
             position_S=torch.arange(t.seq_len, device=device), routed_tokens=routed_tokens, seed=self.cfg.seed,
             documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, device),
+            choices=None if choices is None else chosen,
         )  # fmt: skip
         logits_BSV = self.model(to_device(batch.tokens_BS, device), ctx)
         loss = token_losses(logits_BSV, to_device(batch.targets_BS, device)) / targets

@@ -12,6 +12,7 @@ from moetrain import checkpoint
 from moetrain.config import load
 from moetrain.job import Config, open_data
 from moetrain.logical import Chunk, Logical
+from moetrain.moe.routers.replay import save_choices
 from moetrain.train import Trainer
 from moetrain.world import World
 
@@ -90,6 +91,11 @@ CASES = {
         "model": MODEL | {"tie_embeddings": True},
     },
     "document masks, ignored targets": {},
+    "nothing divides evenly": {
+        "model": MODEL
+        | {"dim": 18, "num_heads": 3, "num_kv_heads": 1, "dense_hidden": 7, "qk_norm": "full"}
+        | {"moe": MODEL["moe"] | {"num_experts": 12, "hidden": 5, "router": {"kind": "topk", "top_k": 3}}}
+    },
 }
 
 
@@ -174,3 +180,39 @@ def test_grad_norm_counts_every_expert_once(ranks, small_corpus, tmp_path) -> No
         both = ranks(4).run(gradients_exist, config(small_corpus, tmp_path / "4", layout=layout, train=once))
         for found in both:
             assert found == pytest.approx(alone, rel=1e-12)
+
+
+def record(rank: int, world: int, cfg: Config, path: Path) -> list[float]:
+    """One rank's losses over two steps; leaves its choices, with one token's changed, in a file."""
+    run = trainer(rank, world, cfg)
+    table, first, found = {}, {}, []
+    for step in range(2):
+        first[step] = run.consumed
+        chosen: list[dict[int, Tensor]] = []
+        found.append(run.step(choices=chosen).loss.item())
+        table[step] = {layer: torch.cat([c[layer] for c in chosen]) for layer in chosen[0]}
+    save_choices(path / "exact", table, first_sample=first)
+    other = table[0][1][3, 5]
+    other.copy_((other + 1) % 8)
+    save_choices(path / "changed", table, first_sample=first)
+    return found
+
+
+def replayed(rank: int, world: int, cfg: Config) -> list[float]:
+    run = trainer(rank, world, cfg)
+    found = torch.stack([run.step().loss for _ in range(2)])
+    if world > 1:
+        dist.all_reduce(found)
+    return found.tolist()
+
+
+def test_replayed_choices_are_those_that_were_recorded(ranks, small_corpus, tmp_path) -> None:
+    want = ranks(1).run(record, config(small_corpus, tmp_path / "r"), tmp_path)[0]
+    for world, layout in ((1, {}), (2, {"ep": 2})):
+        losses = {}
+        for name in ("exact", "changed"):
+            moe = MODEL["moe"] | {"router": {"kind": "replay", "path": str(tmp_path / name)}}
+            cfg = config(small_corpus, tmp_path / "x", layout=layout, model=MODEL | {"moe": moe})
+            losses[name] = ranks(world).run(replayed, cfg)[0]
+        assert losses["exact"] == pytest.approx(want, rel=1e-9)
+        assert abs(losses["changed"][0] - want[0]) > 1e-6, "one token's other experts are felt"

@@ -40,7 +40,7 @@ class TopK(Router):
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """(T, E) -> (T, k) ids, highest first; ties go to the lower expert id (torch.topk promises no order)."""
     if k > 2:
-        return scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        return scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     first_T1 = scores_TE.detach().argmax(-1, keepdim=True)  # argmax returns the first of equal maxima
     if k == 1:
         return first_T1
