@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import whole
 from torch import Tensor
 
 import moetrain.moe  # noqa: F401 (registers the options)
-from moetrain import checkpoint
 from moetrain.config import load
 from moetrain.job import Config, open_data
-from moetrain.logical import Chunk, Logical
 from moetrain.moe.routers.replay import save_choices
+from moetrain.optim import grad_norm
+from moetrain.parallel import state
 from moetrain.train import Trainer
 from moetrain.world import World
 
@@ -65,19 +66,6 @@ def curve(rank: int, world: int, cfg: Config, steps: int = STEPS, resume: Path |
     return found
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    whole = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in checkpoint.read_index(folder).items()}
-    boxes = {n: Logical(tuple(t.shape), t.dtype, (Chunk((0,) * t.dim(), t),)) for n, t in whole.items()}
-    checkpoint.load(folder, boxes, group=None)
-    return whole
-
-
-def newest(cfg: Config) -> Path:
-    found = checkpoint.latest(cfg.run.folder / "checkpoints")
-    assert found is not None
-    return found
-
-
 def error(a: Tensor, b: Tensor) -> float:
     return ((a - b).double().norm() / max(b.double().norm().item(), 1e-12)).item()
 
@@ -111,12 +99,12 @@ def test_five_steps_are_the_same_under_every_layout(ranks, small_corpus, tmp_pat
             got = ranks(world).run(curve, cfg)
             assert all(g == got[0] for g in got), "ranks agree"
             if want is None:
-                want, saved = got[0], tensors_of(newest(cfg))
+                want, saved = got[0], whole.tensors(whole.newest(cfg.run.folder))
                 assert want[0][0] > want[-1][0], "the loss falls"
                 assert (want[0][4] > 0) == (case == "capacity"), "capacity 1.0 drops something, the others nothing"
                 continue
             torch.testing.assert_close(torch.tensor(got[0]), torch.tensor(want), rtol=1e-9, atol=1e-9)
-            for name, tensor in tensors_of(newest(cfg)).items():
+            for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
                 assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps under {layout}"
 
 
@@ -133,37 +121,33 @@ def test_float32_losses_agree_to_1e_5(ranks, small_corpus, tmp_path) -> None:
 def test_resume_is_bit_exact_in_float32(ranks, small_corpus, tmp_path, layout) -> None:
     pool = ranks(1 if not layout else 2)
     float32 = TRAIN | {"dtype": "float32", "steps": 6}
-    whole, parts = (config(small_corpus, tmp_path / n, layout=layout, train=float32) for n in ("whole", "parts"))
-    want = pool.run(curve, whole, 6)[0]
+    unbroken, parts = (config(small_corpus, tmp_path / n, layout=layout, train=float32) for n in ("unbroken", "parts"))
+    want = pool.run(curve, unbroken, 6)[0]
     first = pool.run(curve, parts, 3)[0]
-    second = pool.run(curve, parts, 3, newest(parts))[0]
+    second = pool.run(curve, parts, 3, whole.newest(parts.run.folder))[0]
     assert first + second == want
-    a, b = tensors_of(newest(whole)), tensors_of(newest(parts))
+    a, b = whole.tensors(whole.newest(unbroken.run.folder)), whole.tensors(whole.newest(parts.run.folder))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_resume_under_another_layout_continues_the_same_run(ranks, small_corpus, tmp_path) -> None:
     float64 = TRAIN | {"steps": 6}
-    whole = config(small_corpus, tmp_path / "whole", train=float64)
-    want = ranks(1).run(curve, whole, 6)[0]
+    want = ranks(1).run(curve, config(small_corpus, tmp_path / "unbroken", train=float64), 6)[0]
     start = config(small_corpus, tmp_path / "start", layout={"dp": 4, "ep": 2}, train=float64)
     ranks(4).run(curve, start, 3)
     for world, layout in ((1, {}), (2, {"ep": 2}), (4, {"ep": 4})):
         cfg = config(small_corpus, tmp_path / f"on{world}", layout=layout, train=float64)
-        got = ranks(world).run(curve, cfg, 3, newest(start))[0]
+        got = ranks(world).run(curve, cfg, 3, whole.newest(start.run.folder))[0]
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want[3:]), rtol=1e-9, atol=1e-9)
 
 
-def gradients_exist(rank: int, world: int, cfg: Config) -> tuple[float, float]:
-    """The norm as reported, and from the whole gradients by brute force."""
+def norms(rank: int, world: int, cfg: Config) -> tuple[float, float]:
+    """The global gradient norm of one batch, and the share of it that experts have."""
     run = trainer(rank, world, cfg)
     t = cfg.train
     for m in range(t.batch // world // t.micro_batch):
         run.forward_backward(0, rank * t.batch // world + m * t.micro_batch, targets=t.batch * t.seq_len, routed_tokens=1.0)
-    from moetrain.optim import grad_norm
-    from moetrain.parallel import state
-
     assert state.grad_is_missing(run.model) == []
     grads = [state.local(p.grad) for p in run.model.parameters() if p.grad is not None]
     experts = [state.local(p.grad) for n, p in run.model.named_parameters() if ".experts." in n and p.grad is not None]
@@ -174,10 +158,10 @@ def gradients_exist(rank: int, world: int, cfg: Config) -> tuple[float, float]:
 
 def test_grad_norm_counts_every_expert_once(ranks, small_corpus, tmp_path) -> None:
     once = TRAIN | {"micro_batch": 4}
-    alone = ranks(1).run(gradients_exist, config(small_corpus, tmp_path / "1", train=once))[0]
+    alone = ranks(1).run(norms, config(small_corpus, tmp_path / "1", train=once))[0]
     assert 0 < alone[1] < alone[0]
     for layout in ({"ep": 4}, {"dp": 4, "ep": 2}, {"dp": 4}):
-        both = ranks(4).run(gradients_exist, config(small_corpus, tmp_path / "4", layout=layout, train=once))
+        both = ranks(4).run(norms, config(small_corpus, tmp_path / "4", layout=layout, train=once))
         for found in both:
             assert found == pytest.approx(alone, rel=1e-12)
 

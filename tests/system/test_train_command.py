@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole
 import yaml
-
-from moetrain import checkpoint
-from moetrain.logical import Chunk, Logical
 
 STEPS = 24
 COMMAND = [sys.executable, "-m", "moetrain", "train"]
@@ -44,13 +42,8 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.latest(folder / "checkpoints")
-    assert newest is not None
-    assert newest.name == f"step-{STEPS:08d}"
-    whole = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in checkpoint.read_index(newest).items()}
-    boxes = {n: Logical(tuple(t.shape), t.dtype, (Chunk((0,) * t.dim(), t),)) for n, t in whole.items()}
-    checkpoint.load(newest, boxes, group=None)
-    return whole
+    assert whole.newest(folder).name == f"step-{STEPS:08d}"
+    return whole.tensors(whole.newest(folder))
 
 
 @pytest.fixture(scope="module")
