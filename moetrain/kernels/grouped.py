@@ -1,4 +1,4 @@
-"""Grouped GEMM through torch's own ``F.grouped_mm``: no host sync, the same call on CPU and GPU."""
+"""Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; in low precision on a CPU, slot by slot."""
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,68 @@ def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
     return None
 
 
+def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
+    """(M, I) rows by slot, (S, O, I) "out, in" -> (M, O)."""
+    if x_MI.device.type == "cpu" and x_MI.dtype in (torch.bfloat16, torch.float16):
+        return _RoundedRows.apply(x_MI, w_SOI, offsets_S)  # pyright: ignore[reportReturnType]
+    return F.grouped_mm(x_MI, w_SOI.transpose(1, 2), offs=offsets_S)
+
+
+class _RoundedRows(torch.autograd.Function):
+    """On a CPU, oneDNN compiles low-precision matmuls anew for every shape, which takes ten times as long as one runs,
+    and a slot has another number of rows each step: round it up, so that a few compiled ones are met again and again.
+    """
+
+    @staticmethod
+    def forward(ctx, x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MI, w_SOI, offsets_S)
+        return _by_slot(x_MI, w_SOI.transpose(1, 2), offsets_S.tolist())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_MI, w_SOI, offsets_S = ctx.saved_tensors
+        ends = offsets_S.tolist()
+        d_x_MI = _by_slot(g_MO, w_SOI, ends) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return d_x_MI, None, None
+        d_w_SOI = torch.empty_like(w_SOI)
+        for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
+            torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
+        return d_x_MI, d_w_SOI, None
+
+
+def _by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
+    """Slots in order: what one computes past its rows, the next overwrites."""
+    y_MO = x_MI.new_empty(x_MI.shape[0], w_SIO.shape[2])
+    for w_IO, start, end in zip(w_SIO, [0, *ends], ends, strict=False):
+        stop = start + _round_up(end - start)
+        if stop <= x_MI.shape[0]:
+            torch.mm(x_MI[start:stop], w_IO, out=y_MO[start:stop])
+        else:
+            y_MO[start:end] = (_padded(x_MI, start, end) @ w_IO)[: end - start]
+    return y_MO
+
+
+def _padded(x_MI: Tensor, start: int, end: int) -> Tensor:
+    """Rows start..end with zeros below: a sum over rows may not see the next slot's."""
+    rows = end - start
+    padded = x_MI.new_empty(_round_up(rows), x_MI.shape[1])
+    padded[:rows] = x_MI[start:end]
+    padded[rows:] = 0
+    return padded
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // _ROWS) * _ROWS
+
+
+_ROWS = 64
+
+
 def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-    gate_up_SDG = gate_up_S2FD.flatten(1, 2).transpose(1, 2)
-    gate_MF, up_MF = F.grouped_mm(x_MD, gate_up_SDG, offs=rows.offsets_S).chunk(2, dim=-1)
+    gate_MF, up_MF = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S).chunk(2, dim=-1)
     hidden_MF = F.silu(gate_MF) * up_MF * rows.weights_M[:, None].to(x_MD.dtype)
-    return F.grouped_mm(hidden_MF, down_SDF.transpose(1, 2), offs=rows.offsets_S)
+    return _grouped_mm(hidden_MF, down_SDF, rows.offsets_S)

@@ -19,7 +19,31 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch has no fused kernel on a CPU: the same in float32 or wider, with few passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale  # float32 or wider, as the scale is
+        d_weight = (g * normal).flatten(0, -2).sum(0)
+        gw = weight * g if g.dtype == scale.dtype else weight.to(scale.dtype) * g
+        along = (gw * normal).mean(-1, keepdim=True)
+        return gw.sub_(normal.mul_(along)).mul_(scale).to(x.dtype), d_weight.to(weight.dtype), None
 
 
 class Linear(nn.Module):

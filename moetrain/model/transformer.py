@@ -145,9 +145,47 @@ class Transformer(nn.Module):
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it."""
-    logits_TV = logits_BSV.flatten(0, 1)
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=-100, reduction="sum")
+    logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    if logits_TV.device.type == "cpu" and logits_TV.dtype != wide:
+        return _CrossEntropy.apply(logits_TV, targets_T)  # pyright: ignore[reportReturnType]
+    logits_TV = logits_TV.to(wide)
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of narrow logits, widened a few rows at a time, which stay in a core's cache."""
+
+    @staticmethod
+    def forward(ctx, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        lse_T = logits_TV.new_empty(logits_TV.shape[0], dtype=wide)
+        picked_T = torch.empty_like(lse_T)
+        safe_T = targets_T.clamp_min(0)
+        for rows in _row_blocks(logits_TV):
+            block = logits_TV[rows].to(wide)
+            torch.logsumexp(block, -1, out=lse_T[rows])
+            picked_T[rows] = block.gather(1, safe_T[rows, None])[:, 0]
+        ctx.save_for_backward(logits_TV, targets_T, lse_T)
+        return torch.where(targets_T == -100, 0, lse_T - picked_T).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_TV, targets_T, lse_T = ctx.saved_tensors
+        d_logits_TV = torch.empty_like(logits_TV)
+        safe_T1, g_T1 = targets_T.clamp_min(0)[:, None], torch.where(targets_T == -100, 0, g)[:, None]
+        for rows in _row_blocks(logits_TV):
+            block = (logits_TV[rows] - lse_T[rows, None]).exp_()
+            block.scatter_(1, safe_T1[rows], block.gather(1, safe_T1[rows]) - 1)
+            torch.mul(block, g_T1[rows], out=block)
+            d_logits_TV[rows] = block
+        return d_logits_TV, None
+
+
+def _row_blocks(x_TV: Tensor) -> list[slice]:
+    step = max(1, 2**17 // x_TV.shape[1])
+    return [slice(start, start + step) for start in range(0, x_TV.shape[0], step)]
 
 
 def _divisors(n: int) -> list[int]:
