@@ -43,16 +43,25 @@ def moe(
     return y_BSD, load_E, dropped
 
 
-def switch(x_BSD: Tensor, gate_ED: Tensor, *, top_k: int, block: int) -> Tensor:
-    """sum over blocks of ``block`` sequences of E * sum_e f_e * sum_t P_te (unscaled, undivided)."""
-    total = x_BSD.new_zeros(())
-    for x_TD in x_BSD.unflatten(0, (-1, block)).flatten(1, 2):
-        P_TE = (x_TD @ gate_ED.T).softmax(-1)
-        E = len(gate_ED)
-        counts = [0] * E
-        for row in P_TE.tolist():
-            for e in sorted(range(E), key=lambda e: (-row[e], e))[:top_k]:
-                counts[e] += 1
-        f_E = torch.tensor(counts, dtype=x_TD.dtype) / sum(counts)
-        total = total + E * (f_E * P_TE.sum(0)).sum()
-    return total
+def chosen(P_E: Tensor, top_k: int) -> list[int]:
+    row = P_E.tolist()
+    return sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k]
+
+
+def switch(logits_BSE: Tensor, *, top_k: int) -> Tensor:
+    """E * sum_e f_e * sum_t P_te, f over all sequences together (unscaled, undivided)."""
+    P_TE = logits_BSE.flatten(0, 1).softmax(-1)
+    E = P_TE.shape[1]
+    counts = [0] * E
+    for P_E in P_TE:
+        for e in chosen(P_E, top_k):
+            counts[e] += 1
+    return sum(E * counts[e] / sum(counts) * P_TE[t, e] for t in range(len(P_TE)) for e in range(E))  # pyright: ignore
+
+
+def sequence(logits_BSE: Tensor, *, top_k: int) -> Tensor:
+    return sum(switch(logits_SE[None], top_k=top_k) for logits_SE in logits_BSE)  # pyright: ignore
+
+
+def z_loss(logits_BSE: Tensor, *, top_k: int) -> Tensor:
+    return sum(row.exp().sum().log() ** 2 for row in logits_BSE.flatten(0, 1))  # pyright: ignore

@@ -1,5 +1,7 @@
 """Expert weights of this rank's slots, and the grouped SwiGLU over slot-sorted rows."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_owned, dim, hidden))
 
     def forward(self, rows: Rows, backend: Backend) -> Tensor:
-        """Rows sorted by slot -> (M, D) weighted results."""
+        """Rows sorted by slot -> (M, D) weighted results. Slots without an expert come last and have no rows."""
         dtype = rows.x_ND.dtype
+        if rows.offsets_S.shape[0] > self.gate_up.shape[0]:
+            rows = replace(rows, offsets_S=rows.offsets_S[: self.gate_up.shape[0]])
         return backend(rows, self.gate_up.to(dtype), self.down.to(dtype))

@@ -10,9 +10,11 @@ import whole
 from torch import Tensor
 
 import moetrain.moe  # noqa: F401 (registers the options)
-from moetrain.config import load
+from moetrain.config import config as config_node
+from moetrain.config import load, replace
 from moetrain.job import Config, open_data
 from moetrain.moe.routers.replay import save_choices
+from moetrain.moe.types import Placement, PlacementPolicy
 from moetrain.optim import grad_norm
 from moetrain.parallel import state
 from moetrain.train import Trainer
@@ -122,6 +124,34 @@ def test_five_steps_are_the_same_under_every_layout(ranks, small_corpus, one_ran
         torch.testing.assert_close(torch.tensor(got[0]), torch.tensor(want), rtol=1e-9, atol=1e-9)
         for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
             assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps under {layout}"
+
+
+@config_node
+class Permuted(PlacementPolicy):
+    """Expert ids shuffled, ranks of a row owning different numbers of them."""
+
+    def __call__(self, load_E: Tensor, *, edp: int, ep: int) -> Placement:
+        sizes = {1: [8], 2: [5, 3], 4: [3, 1, 2, 2]}[ep]
+        shuffled = (torch.arange(8) * 5 + 3) % 8
+        row_RS, owner_E = torch.full((ep, max(sizes)), -1), torch.empty(8, dtype=torch.int64)
+        for r, ids in enumerate(shuffled.split(sizes)):
+            row_RS[r, : len(ids)] = ids
+            owner_E[ids] = r
+        return Placement(row_RS.repeat(edp, 1), owner_E, span=ep)
+
+
+@pytest.mark.parametrize("case", ["dropless", "capacity"])
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_a_permuted_uneven_owner_map_is_the_same_run(ranks, small_corpus, one_rank, tmp_path, world, case) -> None:
+    groups, want, saved = one_rank(case)
+    for n, layout in enumerate(LAYOUTS[world]):
+        cfg = config(small_corpus, tmp_path / str(n), layout=layout, **groups)
+        moe = replace(cfg.model.moe, placement=Permuted())
+        cfg = replace(cfg, model=replace(cfg.model, moe=moe))
+        got = ranks(world).run(curve, cfg)
+        torch.testing.assert_close(torch.tensor(got[0]), torch.tensor(want), rtol=1e-9, atol=1e-9)
+        for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
+            assert error(tensor, saved[name]) < 1e-9, name
 
 
 def test_float32_losses_agree_to_1e_5(ranks, small_corpus, tmp_path) -> None:

@@ -26,5 +26,5 @@ class Sequence(Balance):
             ids_BX = torch.where(ids_BX < 0, E, ids_BX)
         load_BE = ids_BX.new_zeros(num_sequences, E + 1).scatter_add_(1, ids_BX, torch.ones_like(ids_BX))[:, :E]
         load_BE = comm.all_reduce_(load_BE.contiguous(), group=group)
-        f_BE = load_BE / load_BE.sum(1, keepdim=True).clamp_min(1)
+        f_BE = load_BE.to(routing.scores_TE.dtype) / load_BE.sum(1, keepdim=True).clamp_min(1)
         return E * (shares(routing, mask_T).view(num_sequences, -1, E).sum(1) * f_BE).sum()

@@ -22,7 +22,7 @@ class Switch(Balance):
     ) -> Tensor:
         """() float; equals the number of tokens when load is even."""
         load_E = comm.all_reduce_(routing.load_E.clone(), group=group)
-        f_E = load_E / load_E.sum().clamp_min(1)
+        f_E = load_E.to(routing.scores_TE.dtype) / load_E.sum().clamp_min(1)
         return load_E.numel() * (shares(routing, mask_T).sum(0) * f_E).sum()
 
 
