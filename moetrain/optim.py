@@ -83,12 +83,13 @@ class Optimizer:
         return self.cfg.decay_gates or ".moe.gate." not in name
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | float) -> None:
-        """Update in place with ``scale * grads``."""
+    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None) -> None:
+        """Update in place with ``scale * grads``; the fused kernel scales float32 gradients as it reads them."""
         values = list(grads.values())
-        if isinstance(scale, Tensor):  # of another dtype, CUDA would launch a kernel per gradient
-            scale = scale.to(values[0].dtype)
-        torch._foreach_mul_(values, scale)  # pyright: ignore[reportPrivateImportUsage]
+        if scale is not None and values[0].dtype is torch.float32:
+            self.adamw.grad_scale = scale.reciprocal().float()  # pyright: ignore[reportAttributeAccessIssue]
+        elif scale is not None:  # the kernel's factor is float32, too coarse for float64
+            torch._foreach_mul_(values, scale.to(values[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
         for group in self.adamw.param_groups:
             group["lr"] = lr
         for name, p in self.leaves.items():
@@ -116,6 +117,6 @@ def grad_norm(grads: list[Tensor], *, group: ProcessGroup | None, like: Tensor) 
     return comm.all_reduce_(squares, group=group).sqrt()
 
 
-def clip_scale(norm: Tensor, *, clip: float) -> Tensor | float:
-    """What to multiply gradients by so that their norm is at most ``clip``; 0 = no clipping. No host sync."""
-    return 1.0 if clip == 0 else (clip / (norm + 1e-6)).clamp(max=1.0)
+def clip_scale(norm: Tensor, *, clip: float) -> Tensor | None:
+    """What to multiply gradients by so that their norm is at most ``clip``; None if that is 0. No host sync."""
+    return None if clip == 0 else (clip / (norm + 1e-6)).clamp(max=1.0)

@@ -129,8 +129,9 @@ class _Loop:
         seconds = time.perf_counter() - self.since
         records = []
         for (record, _), (loss, dropped, *balance), norm in zip(self.pending, summed, norms, strict=True):
-            scaled = {f"balance/{term}": x / record["tokens"] for term, x in zip(self.terms, balance, strict=True)}
-            records.append(record | {"loss": loss, "grad_norm": norm} | scaled | {"dropped": int(dropped)})
+            layer_tokens = record["tokens"] * len(self.cfg.model.moe_layers)
+            means = {f"balance/{term}": x / layer_tokens for term, x in zip(self.terms, balance, strict=True)}
+            records.append(record | {"loss": loss, "grad_norm": norm} | means | {"dropped": int(dropped)})
         rate = self.tokens / seconds
         records[-1] |= {
             "tokens_per_second": rate,

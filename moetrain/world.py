@@ -1,7 +1,9 @@
 """Which rank this process is, on which device, and the process group it joins. One place reads the environment."""
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +78,8 @@ def join(*, device: Device, communication: Communication, timeout: float, thread
     where = pick_device(device, local_rank=local_rank)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
     if size == 1:
         return World(rank, size, local_rank, local_size, where, "")
     backend = _backend(communication, where, local_size)
@@ -89,6 +93,14 @@ def join(*, device: Device, communication: Communication, timeout: float, thread
     host_group = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(host_group, ProcessGroup)
     return World(rank, size, local_rank, local_size, where, backend, host_group)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse what a step frees, not return it: else every step faults its pages in anew (docs/LOG.md)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not there on macOS or musl
+    if sys.platform == "linux" and mallopt is not None:
+        for option, size in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # mmap and trim thresholds, top pad
+            mallopt(option, size)
 
 
 def leave(world: World) -> None:
