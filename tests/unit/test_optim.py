@@ -7,11 +7,6 @@ from moetrain.config import replace
 from moetrain.optim import OptimConfig, Optimizer, clip_scale, grad_norm
 
 NAMES = tuple(f"blocks.0.{n}" for n in ("attention.q.weight", "ffn_norm.weight", "attention.q.bias", "moe.gate.weight"))
-    "blocks.0.attention.q.weight",
-    "blocks.0.ffn_norm.weight",
-    "blocks.0.attention.q.bias",
-    "blocks.0.moe.gate.weight",
-)
 
 
 def tensors(dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
