@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -51,7 +52,19 @@ class RankPool:
         self._folder = Path()
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """Returns what ``fn(rank, world, *args)`` returned on each rank; raises ``AssertionError`` with tracebacks."""
+        """Returns what ``fn(rank, world, *args)`` returned on each rank; raises ``AssertionError`` with tracebacks.
+
+        A group whose sockets gloo could not connect says nothing about ``fn``: new ranks try once more, and say so.
+        """
+        try:
+            return self._run(fn, *args)
+        except AssertionError as error:
+            if "connectFullMesh" not in str(error):
+                raise
+            warnings.warn(f"gloo could not connect its ranks, trying once more:\n{error}", stacklevel=2)
+            return self._run(fn, *args)
+
+    def _run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         call = pickle.dumps((fn, args))
         if not self._processes:
             self._fork()
