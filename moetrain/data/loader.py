@@ -36,7 +36,7 @@ class CorpusConfig:
     """One source of the mix."""
 
     path: str  # "stdlib" (built on first use) or a tokenized corpus folder
-    weight: float = 1.0  # its share of the samples, relative to the others'
+    weight: float = 1.0  # its share of the samples, relative to the others'; 0: validated on only
 
 
 @config
@@ -65,13 +65,18 @@ class Batch:
 def open_corpora(cfg: DataConfig, *, log: Callable[[str], None]) -> dict[str, Corpus]:
     """The corpora of the mix by name; builds the default one if it is asked for and missing.
 
-    Raises ``UserError`` for a missing or damaged corpus, a weight that is not positive, and different tokenizers.
+    Raises ``UserError`` for a missing or damaged corpus, a weight that is none, and different tokenizers.
     """
     if not cfg.corpora:
         raise UserError("data.corpora is empty: add one, for example data=stdlib")
     for name, source in cfg.corpora.items():
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            raise UserError(f"data.corpora.{name}.weight={source.weight} is not above 0: remove the corpus or weigh it")
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            raise UserError(
+                f"data.corpora.{name}.weight={source.weight} is not a weight: above 0 trains on the corpus, 0 only "
+                f"validates on it"
+            )
+    if not any(source.weight > 0 for source in cfg.corpora.values()):
+        raise UserError("every corpus of data.corpora has weight 0: nothing to train on; give one a weight above 0")
     corpora: dict[str, Corpus] = {}
     for name, source in cfg.corpora.items():
         path = Path(source.path)
@@ -94,7 +99,8 @@ class Loader:
     def __init__(self, cfg: DataConfig, *, seq_len: int, seed: int, corpora: dict[str, Corpus]) -> None:
         assert corpora.keys() == cfg.corpora.keys(), "corpora come from open_corpora(cfg)"
         self.seq_len = seq_len
-        self._names = sorted(corpora)  # the order of the keys in a YAML file means nothing
+        drawn = [name for name, source in cfg.corpora.items() if source.weight > 0]
+        self._names = sorted(drawn)  # the order of the keys in a YAML file means nothing
         self._corpora = [corpora[name] for name in self._names]
         self._rows = _Rows(
             seq_len, self._corpora[0].eos, mask_documents=cfg.mask_documents, ignore_tokens=tuple(cfg.ignore_tokens)

@@ -179,8 +179,9 @@ def test_user_errors(paths, tmp_path):
     no_valid = build(tmp_path / "novalid", 500, num_valid=5)
     for make, message in (
         (lambda: open_loader({}), "data.corpora is empty"),
-        (lambda: open_loader(paths, weights={"big": 0.0}), "big.weight=0.0 is not above 0"),
-        (lambda: open_loader(paths, weights={"big": math.nan}), "big.weight=nan is not above 0"),
+        (lambda: open_loader(paths, weights={"big": -1.0}), "big.weight=-1.0 is not a weight"),
+        (lambda: open_loader(paths, weights={"big": math.nan}), "big.weight=nan is not a weight"),
+        (lambda: open_loader(paths, weights=dict.fromkeys(paths, 0.0)), "every corpus of data.corpora has weight 0"),
         (lambda: open_loader(paths, weights={"small": 1e-4}), "small.weight=0.0001 is less than one sample in 1,000"),
         (
             lambda: open_loader(paths | {"new": stranger}),
@@ -203,3 +204,11 @@ def test_config_round_trip():
     cfg = DataConfig(corpora={"a": CorpusConfig(path="x", weight=2)}, ignore_tokens=[1], seed=3)
     assert dump(load(dump(cfg), DataConfig)) == dump(cfg)
     assert replace(cfg, vocab_size=2048).corpora["a"].path == "x"
+
+
+def test_a_corpus_of_weight_zero_is_never_drawn(paths):
+    loader = open_loader(paths, weights={"big": 0.0})
+    assert "big" not in loader.num_samples
+    others = open_loader({name: path for name, path in paths.items() if name != "big"})
+    assert torch.equal(loader.batch(5, 40).tokens_BS, others.batch(5, 40).tokens_BS)
+    assert loader.fingerprint == others.fingerprint
