@@ -180,6 +180,7 @@ class _Loop:
 
     def finish(self) -> None:
         """The summary of a complete run; of one that was complete already, the summary it left."""
+        self.bar.close()
         path = self.cfg.run.folder / "summary.txt"
         if self.last is None and path.exists():
             self.log.info(

@@ -30,10 +30,17 @@ def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     if not quiet:
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console()
         console.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(console)
     return log
+
+
+class _Console(logging.Handler):
+    """Plain lines on whatever stdout is now: a progress bar takes its place and prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def close_log(log: logging.Logger) -> None:
