@@ -43,7 +43,7 @@ class RunConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.name, str) and (not self.name.strip("./") or ".." in Path(self.name).parts):
+        if not self.name.strip("./") or ".." in Path(self.name).parts:
             raise UserError(f"run.name={self.name!r} cannot name a folder: use letters, digits and dashes")
 
     @property
@@ -80,7 +80,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "seq_len"):
-            if isinstance(value := getattr(self, name), int) and value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise UserError(f"train.{name}={value}: has to be at least 1")
 
 

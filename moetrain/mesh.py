@@ -36,7 +36,7 @@ class Layout:
     def __post_init__(self) -> None:
         for axis in AXES:
             value = getattr(self, axis)
-            if isinstance(value, int) and value < 1 and not (axis == "dp" and value == -1):
+            if value < 1 and not (axis == "dp" and value == -1):
                 also = " (or -1: the ranks that are left)" if axis == "dp" else ""
                 raise UserError(f"layout.{axis}={value}: a degree is at least 1{also}")
 

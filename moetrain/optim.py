@@ -38,12 +38,12 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm; 0 = do not clip
 
     def __post_init__(self) -> None:
-        if isinstance(self.lr, float | int) and self.lr <= 0:
+        if self.lr <= 0:
             raise UserError(f"optim.lr={self.lr}: the learning rate has to be above 0")
         for name in ("beta1", "beta2"):
-            if isinstance(value := getattr(self, name), float) and not 0 <= value < 1:
+            if not 0 <= (value := getattr(self, name)) < 1:
                 raise UserError(f"optim.{name}={value}: has to be at least 0 and below 1")
-        if isinstance(self.clip, float | int) and self.clip < 0:
+        if self.clip < 0:
             raise UserError(f"optim.clip={self.clip}: a norm is not negative; 0 turns clipping off")
 
     def lr_at(self, step: int, *, steps: int) -> float:

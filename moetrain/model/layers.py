@@ -88,7 +88,7 @@ class RopeConfig:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.factor, float | int) and self.factor < 1:
+        if self.factor < 1:
             raise UserError(f"model.rope.factor={self.factor}: positions are stretched by 1 or more")
 
 

@@ -39,8 +39,6 @@ class ModelConfig:
     pad_vocab_to: int = 64
 
     def __post_init__(self) -> None:
-        if not all(isinstance(v, int) for v in (self.dim, self.num_heads, self.num_kv_heads)):
-            return  # OmegaConf probes nodes with placeholders
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "

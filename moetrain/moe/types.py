@@ -135,7 +135,7 @@ class Router(ABC):
     top_k: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.top_k, int) and self.top_k < 1:
+        if self.top_k < 1:
             raise UserError(f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
 
     @abstractmethod

@@ -28,7 +28,7 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         for name in ("dense", "experts"):
             level = getattr(self, name)
-            if isinstance(level, int) and level not in (2, 3):
+            if level not in (2, 3):
                 raise UserError(f"sharding.{name}={level}: levels are 2 (gradients and optimizer) and 3 (weights too)")
 
 

@@ -39,7 +39,7 @@ class Capacity(Dispatcher):
     scope: Scope = Scope.sequence
 
     def __post_init__(self) -> None:
-        if isinstance(self.factor, float | int) and self.factor <= 0:
+        if self.factor <= 0:
             raise UserError(
                 f"model.moe.dispatcher.factor={self.factor}: the capacity factor has to be above 0 (try 1.25)"
             )
