@@ -61,7 +61,7 @@ class MoE(nn.Module):
 
     def place(self, *, edp: int, ep: int, rank: int, group: ProcessGroup | None) -> None:
         """Say where this rank stands in the stage's expert grid, and make room for the experts it owns (on meta)."""
-        self.edp, self.ep, self.rank, self.group = edp, ep, rank, group
+        self.rank, self.group = rank, group
         with torch.device("cpu"):  # planning tables are real even where the model is on meta
             self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
         self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.cfg.hidden)

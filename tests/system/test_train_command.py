@@ -188,6 +188,19 @@ def _parent(process: Path) -> int:
         return -1
 
 
+def test_several_sets_are_validated_every_n_steps(small_corpus, tmp_path) -> None:
+    """A corpus of weight 0 is a set of its own, and changes no training sample."""
+    folder = tmp_path / "run"
+    few = ["layout.ep=1", "train.steps=4", "optim.warmup=1", "train.validate_every=2", "checkpoint.every=0"]
+    other = [f"data.corpora.other.path={small_corpus}", "data.corpora.other.weight=0"]
+    done = train(*words(small_corpus, folder, *few, *other))
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(r["step"], r["validation"], r["nats_per_token"]) for r in records if "validation" in r]
+    assert [(step, name) for step, name, _ in found] == [(2, "text"), (2, "other"), (4, "text"), (4, "other")]
+    assert found[0][2] == found[1][2] > found[2][2] == found[3][2], "the same held-out text scores the same, and falls"
+
+
 def test_a_sweep_gives_each_job_its_own_run_folder(small_corpus, tmp_path) -> None:
     few = ["layout.ep=1", "train.steps=2", "optim.warmup=1", "checkpoint.every=0"]
     done = train("-m", *words(small_corpus, tmp_path / "sweep", *few), "optim.lr=1e-3,2e-3")
