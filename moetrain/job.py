@@ -16,6 +16,7 @@ from moetrain.mesh import Layout
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.optim import OptimConfig
 from moetrain.parallel import state
+from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
@@ -97,6 +98,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: Layout = field(default_factory=Layout)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

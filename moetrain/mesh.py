@@ -1,8 +1,9 @@
 """Parallel folding: one list of ranks, reshaped under different names for different parts of the model.
 
-    dense: (pp, dp, cp, tp)    attention, gates, shared experts, dense layers
-    fsdp:  (pp, dp*cp, tp)     storage of dense parameters: context ranks hold the same weights, so shard over both
-    moe:   (pp, edp, ep, etp)  routed experts; ep may exceed dp because it folds over dp, cp and tp
+    dense:   (pp, dp, cp, tp)                     attention, gates, shared experts, dense layers
+    moe:     (pp, edp, ep, etp)                   routed experts; ep may exceed dp: it folds over dp, cp and tp
+    fsdp:    (pp, replicate, dp*cp/replicate, tp) storage of dense parameters: context ranks hold the same weights
+    experts: (pp, replicate, edp/replicate, ep*etp) storage of experts; whole replicas where they divide edp
 
 The pipeline axis comes first in every view, so a rank is on the same stage whichever view it looks through
 (arXiv 2504.14960 with the pipeline outermost). Integers first; groups are made once and shared by rank tuple.
@@ -20,11 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from moetrain.config import UserError, config, replace
 
 AXES = ("pp", "dp", "cp", "tp", "ep", "etp")
+_NO_AXIS = ("replicate",)  # how dp is stored, not another way to split the work
 
 
 @config
 class Layout:
-    """How many ways each thing is split. ``dp`` = -1 takes the ranks that are left; ``edp`` always does."""
+    """How many ways each thing is split. ``dp`` = -1 takes the ranks that are left; ``edp`` always does.
+
+    ``replicate`` copies of the weights are kept within dp, each sharded over dp / replicate * cp ranks (HSDP).
+    """
 
     pp: int = 1
     dp: int = -1
@@ -32,9 +37,10 @@ class Layout:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    replicate: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in (*AXES, *_NO_AXIS):
             value = getattr(self, axis)
             if value < 1 and not (axis == "dp" and value == -1):
                 also = " (or -1: the ranks that are left)" if axis == "dp" else ""
@@ -50,7 +56,7 @@ class Layout:
         """Ranks that a layout asks for: exactly, or at the least where dp = -1."""
         if self.dp != -1:
             return self.pp * self.dp * self.cp * self.tp
-        inner, experts = self.cp * self.tp, self.ep * self.etp
+        inner, experts = self.replicate * self.cp * self.tp, self.ep * self.etp
         return self.pp * math.lcm(inner, experts)
 
     def solve(self, world: int) -> "Layout":
@@ -73,19 +79,26 @@ class Layout:
                 f"layout pp*ep*etp = {self.pp}*{self.ep}*{self.etp} = {experts} does not divide the {world} ranks "
                 f"there are: ep*etp has to divide dp*cp*tp = {dp * self.cp * self.tp}"
             )
+        if dp % self.replicate:
+            raise UserError(
+                f"layout.replicate={self.replicate} does not divide dp={dp}: each copy of the weights takes a whole "
+                f"number of data-parallel ranks"
+            )
         return replace(self, dp=dp)
 
     def __str__(self) -> str:
-        return " ".join(f"{axis}{getattr(self, axis)}" for axis in AXES) + f" edp{self.edp}"
+        copies = f" replicate{self.replicate}" if self.replicate > 1 else ""
+        return " ".join(f"{axis}{getattr(self, axis)}" for axis in AXES) + f" edp{self.edp}" + copies
 
 
 def views(layout: Layout) -> dict[str, dict[str, int]]:
     """Name -> axis -> size of a solved layout, outermost first. Pure arithmetic, testable without any process."""
-    n = layout
+    n, copies = layout, math.gcd(layout.replicate, layout.edp)
     return {
         "dense": {"pp": n.pp, "dp": n.dp, "cp": n.cp, "tp": n.tp},
-        "fsdp": {"pp": n.pp, "dp_cp": n.dp * n.cp, "tp": n.tp},
         "moe": {"pp": n.pp, "edp": n.edp, "ep": n.ep, "etp": n.etp},
+        "fsdp": {"pp": n.pp, "replicate": n.replicate, "shard": n.dp * n.cp // n.replicate, "tp": n.tp},
+        "experts": {"pp": n.pp, "replicate": copies, "shard": n.edp // copies, "ep_etp": n.ep * n.etp},
     }
 
 
@@ -108,8 +121,11 @@ class Mesh:
     _groups: dict[tuple[int, ...], ProcessGroup | None]
 
     @classmethod
-    def build(cls, layout: Layout, *, rank: int, world: int, device: torch.device) -> "Mesh":
-        groups: dict[tuple[int, ...], ProcessGroup | None] = {}
+    def build(
+        cls, layout: Layout, *, rank: int, world: int, device: torch.device, like: "Mesh | None" = None
+    ) -> "Mesh":
+        """``like``: another mesh of the same ranks, whose groups are used again."""
+        groups: dict[tuple[int, ...], ProcessGroup | None] = {} if like is None else like._groups
         if world > 1:
             groups[tuple(range(world))] = dist.distributed_c10d._get_default_group()
         return cls(layout.solve(world), rank, device, groups)
@@ -129,12 +145,27 @@ class Mesh:
                 mine = self._groups.get(ranks)
         return mine
 
-    def device_mesh(self, view: str, axis: str) -> DeviceMesh | None:
-        """The same as a one-axis DeviceMesh, for FSDP2; None where it would hold one rank."""
-        group = self.group(view, axis)
-        if group is None:
-            return None
-        return DeviceMesh.from_group(group, self.device.type, mesh_dim_names=(axis,))
+    def storage(self, view: str) -> DeviceMesh | None:
+        """The replicate x shard axes of a storage view as FSDP2 wants them; None where one rank would hold both."""
+        sizes = views(self.layout)[view]
+        if sizes["replicate"] == 1:
+            group = self.group(view, "shard")
+            return None if group is None else DeviceMesh.from_group(group, self.device.type, mesh_dim_names=("shard",))
+        pair = [self.group(view, axis) or self._alone() for axis in ("replicate", "shard")]
+        mine = next(ranks for ranks in slices(sizes, ("replicate", "shard")) if self.rank in ranks)
+        return DeviceMesh.from_group(
+            pair, self.device.type, mesh=torch.tensor(mine).view(sizes["replicate"], sizes["shard"]),
+            mesh_dim_names=("replicate", "shard"),
+        )  # fmt: skip
+
+    def _alone(self) -> ProcessGroup:
+        """A group of this rank only, for an axis that a DeviceMesh cannot do without."""
+        if (self.rank,) not in self._groups:
+            group = dist.new_group([self.rank], use_local_synchronization=True)
+            self._groups[(self.rank,)] = group if isinstance(group, ProcessGroup) else None
+        group = self._groups[(self.rank,)]
+        assert group is not None
+        return group
 
     def index(self, view: str, *axes: str) -> int:
         """Where this rank stands along ``axes`` of a view, row-major."""

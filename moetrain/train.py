@@ -1,6 +1,6 @@
 """The state of a run on one rank, and one training step. Read ``Trainer.step`` first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,16 @@ class StepResult:
     balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
 
 
+@dataclass
+class Seen:
+    """What a step shows to somebody who compares two runs; filled by ``Trainer.step``."""
+
+    ids: list[dict[int, Tensor]] = field(default_factory=list)  #    a micro-batch: layer -> (B, S, K) expert ids
+    scores: list[dict[int, Tensor]] = field(default_factory=list)  # a micro-batch: layer -> (B, S, E) what chose them
+    positions_S: Tensor | None = None  # the positions that S counts on this rank; those past seq_len are padding
+    grads: dict[str, Tensor] = field(default_factory=dict)  # name -> local gradient, reduced, before clipping
+
+
 class Trainer:
     """The state of a run on one rank. Nothing about a batch lives on it."""
 
@@ -49,11 +59,8 @@ class Trainer:
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
 
-    def step(self, *, choices: list[dict[int, Tensor]] | None = None) -> StepResult:
-        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
-
-        ``choices``, if given, gets this rank's expert ids: layer -> (B, S, K), one entry a micro-batch.
-        """
+    def step(self, *, seen: Seen | None = None) -> StepResult:
+        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again."""
         t, dp = self.cfg.train, self.mesh.layout.dp
         batch = batch_at(t, self.consumed)
         share = batch // dp
@@ -70,9 +77,9 @@ class Trainer:
                 first + m * t.micro_batch,
                 targets=targets,
                 routed_tokens=float(batch * t.seq_len),
-                choices=choices,
+                seen=seen,
             )
-        result = self._update(loss)
+        result = self._update(loss, seen)
         self.steps += 1
         self.consumed += batch
         return result
@@ -84,19 +91,21 @@ class Trainer:
         *,
         targets: int,
         routed_tokens: float,
-        choices: list[dict[int, Tensor]] | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
         """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
         t, device = self.cfg.train, self.world.device
         batch = self.data.loader.batch(first, t.micro_batch)
-        chosen: dict[int, Tensor] = {}
-        if choices is not None:
-            choices.append(chosen)
+        position_S = torch.arange(t.seq_len, device=device)
+        if seen is not None:
+            seen.ids.append({})
+            seen.scores.append({})
+            seen.positions_S = position_S
         ctx = Context(
             step=self.steps, micro_batch=m, sample_B=batch.sample_B,
-            position_S=torch.arange(t.seq_len, device=device), routed_tokens=routed_tokens, seed=self.cfg.seed,
+            position_S=position_S, routed_tokens=routed_tokens, seed=self.cfg.seed,
             documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, device),
-            choices=None if choices is None else chosen,
+            ids=None if seen is None else seen.ids[-1], scores=None if seen is None else seen.scores[-1],
         )  # fmt: skip
         logits_BSV = self.model(to_device(batch.tokens_BS, device), ctx)
         loss = token_losses(logits_BSV, to_device(batch.targets_BS, device)) / targets
@@ -104,10 +113,12 @@ class Trainer:
             loss.backward()
         return loss.detach()
 
-    def _update(self, loss: Tensor) -> StepResult:
+    def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
         if self.steps == 0 and (missing := state.grad_is_missing(self.model)):
             raise RuntimeError(f"no gradient reached {', '.join(missing)}")
         grads = {n: state.local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        if seen is not None:
+            seen.grads = {n: g.clone() for n, g in grads.items()}
         norm = grad_norm(list(grads.values()), group=self.all_ranks, like=loss)
         lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))

@@ -75,8 +75,10 @@ class MoE(nn.Module):
         routing = self.cfg.router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
-        if ctx.choices is not None:
-            ctx.choices[self.layer] = routing.ids_TK.view(num_sequences, -1, routing.ids_TK.shape[1])
+        if ctx.ids is not None and ctx.scores is not None:
+            ctx.ids[self.layer] = routing.ids_TK.view(num_sequences, -1, routing.ids_TK.shape[1])
+            steer_TE = routing.scores_TE.detach() + self.bias_E
+            ctx.scores[self.layer] = steer_TE.view(num_sequences, -1, steer_TE.shape[1])
 
         rows, ticket = self.cfg.dispatcher.dispatch(
             x_TD, routing, target_E=self.placement.target_E(self.rank, x_TD.device),

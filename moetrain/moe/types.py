@@ -34,7 +34,8 @@ class Context:
     training: bool = True
     mask_BS: Tensor | None = None  #      bool, False = padding; None = no padding anywhere
     documents_BS: Tensor | None = None  # int64 document ids; None = attention crosses documents
-    choices: dict[int, Tensor] | None = None  # layer -> (B, S, K) expert ids, written where somebody asks for them
+    ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
+    scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) what they were chosen by, likewise
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class ShardingConfig:
 
 def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: torch.dtype) -> None:
     """Wrap experts, blocks and the rest in FSDP2 units. Axes of one rank make no unit."""
-    dense, experts = mesh.device_mesh("fsdp", "dp_cp"), mesh.device_mesh("moe", "edp")
+    dense, experts = mesh.storage("fsdp"), mesh.storage("experts")
     low = dtype not in (torch.float32, torch.float64)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if low else None, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
@@ -46,7 +46,7 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
         else:
             fully_shard(
                 layer.experts, mesh=experts, mp_policy=policy, reshard_after_forward=sharding.experts == 3,
-                shard_placement_fn=_expert_dim(experts.size()),
+                shard_placement_fn=_expert_dim(experts.size(-1)),
             )  # fmt: skip
     if dense is not None:
         for unit in (*model.blocks.values(), model):

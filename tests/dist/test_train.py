@@ -17,7 +17,7 @@ from moetrain.moe.routers.replay import save_choices
 from moetrain.moe.types import Placement, PlacementPolicy
 from moetrain.optim import grad_norm
 from moetrain.parallel import state
-from moetrain.train import Trainer
+from moetrain.train import Seen, Trainer
 from moetrain.world import World
 
 STEPS = 5
@@ -218,9 +218,9 @@ def record(rank: int, world: int, cfg: Config, path: Path) -> list[float]:
     table, first, found = {}, {}, []
     for step in range(2):
         first[step] = run.consumed
-        chosen: list[dict[int, Tensor]] = []
-        found.append(run.step(choices=chosen).loss.item())
-        table[step] = {layer: torch.cat([c[layer] for c in chosen]) for layer in chosen[0]}
+        seen = Seen()
+        found.append(run.step(seen=seen).loss.item())
+        table[step] = {layer: torch.cat([ids[layer] for ids in seen.ids]) for layer in seen.ids[0]}
     save_choices(path / "exact", table, first_sample=first)
     other = table[0][1][3, 5]
     other.copy_((other + 1) % 8)
