@@ -11,7 +11,7 @@ from moetrain import checkpoint
 from moetrain import parallel as parallelism
 from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
-from moetrain.data.loader import DataConfig, Loader, Validation, open_corpora
+from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
 from moetrain.mesh import Layout
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.optim import OptimConfig
@@ -145,7 +145,7 @@ class Data:
     """The opened corpora, the order of training samples, the held-out sets."""
 
     corpora: dict[str, Corpus]
-    loader: Loader
+    loader: Samples
     validation: dict[str, Validation]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -93,6 +94,23 @@ def open_corpora(cfg: DataConfig, *, log: Callable[[str], None]) -> dict[str, Co
     return corpora
 
 
+class Samples(Protocol):
+    """What a training step asks of its data."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Two runs with the same one see the same samples."""
+        ...
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples [first, first + count); the same for any slicing of the order."""
+        ...
+
+    def num_targets(self, first: int, count: int) -> int:
+        """The counted targets of those samples."""
+        ...
+
+
 class Loader:
     """Training batches, by global sample id."""
 
@@ -102,7 +120,7 @@ class Loader:
         drawn = [name for name, source in cfg.corpora.items() if source.weight > 0]
         self._names = sorted(drawn)  # the order of the keys in a YAML file means nothing
         self._corpora = [corpora[name] for name in self._names]
-        self._rows = _Rows(
+        self._rows = Rows(
             seq_len, self._corpora[0].eos, mask_documents=cfg.mask_documents, ignore_tokens=tuple(cfg.ignore_tokens)
         )
         _check_ignored(cfg.ignore_tokens, self._corpora[0].vocab_size)
@@ -186,7 +204,7 @@ class Validation:
         self.name = name
         self.seq_len = seq_len
         self._corpus = corpus
-        self._rows = _Rows(seq_len, corpus.eos, mask_documents=mask_documents, ignore_tokens=ignore_tokens)
+        self._rows = Rows(seq_len, corpus.eos, mask_documents=mask_documents, ignore_tokens=ignore_tokens)
         fix = "tokenize it with a larger valid_fraction="
         available = _num_samples(corpus.valid, seq_len, what=f"the held-out set of {name}", fix=fix)
         self.num_samples = available if max_samples is None else min(available, max_samples)
@@ -225,8 +243,8 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of S+1 tokens -> tokens, targets and documents."""
+class Rows:
+    """Rows of S+1 tokens -> tokens, targets and documents; the one place that knows which targets count."""
 
     seq_len: int
     eos: int
