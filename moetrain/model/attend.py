@@ -1,0 +1,134 @@
+"""Attention of a rank's queries over whole rows of keys, inside documents or across them: which backend computes it."""
+
+import inspect
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.model.blocked import Block, Blocked, split
+from moetrain.world import to_device
+
+_FLASH = (torch.bfloat16, torch.float16)
+_UNBLOCKED = 2048  # positions up to which one block is the whole row in bf16's backward
+
+
+class Packed(NamedTuple):
+    """A piece of all rows, in segments: the documents that meet it, and between them keys that no query sees."""
+
+    queries_N: Tensor  # int32, on the device: where each segment's queries begin, and the end
+    keys_N: Tensor  # the same for its keys, of all rows end to end
+    most: tuple[int, int]  # queries and keys of a segment
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys this rank's queries may see: none later, and with documents none of another.
+
+    Keys are whole rows in position order. Queries are equal pieces of them: one without context parallelism, else
+    chunks c and 2cp - 1 - c of 2cp, so that ranks have the same work (arXiv 2407.21783, section 3.3.2).
+    """
+
+    pieces: tuple[tuple[int, int], ...]  # [start, end) positions, ascending
+    length: int  # P, positions of a whole row
+    blocks: tuple[Block, ...]
+    start_BS: Tensor | None  # int64, on the device: where each query's document begins
+    packed: tuple[Packed, ...]  # on a GPU, with documents: each piece
+
+    @classmethod
+    def build(
+        cls, *, pieces: tuple[tuple[int, int], ...], length: int, documents_BP: Tensor | None, device: torch.device
+    ) -> "Visible":
+        """``documents_BP``: int64 on the host, ids that never fall along a row; None: attention crosses documents. Made
+        once a micro-batch, for all layers."""
+        assert len({end - start for start, end in pieces}) == 1, pieces
+        assert pieces[-1][1] <= length, (pieces, length)
+        if documents_BP is None:
+            one = pieces == ((0, length),) and length <= _UNBLOCKED
+            return cls(pieces, length, split(pieces, None, size=length) if one else split(pieces, None), None, ())
+        start_BP = document_starts(documents_BP)
+        start_BS = torch.cat([start_BP[:, start:end] for start, end in pieces], dim=1)
+        packed = tuple(_pack(start_BP, piece, device) for piece in pieces) if device.type == "cuda" else ()
+        return cls(pieces, length, split(pieces, start_BS), to_device(start_BS, device), packed)
+
+    def pairs(self) -> int:
+        """Causal (query, key) pairs of a sequence without documents: what context parallelism has to balance."""
+        return sum((end - start) * (start + end + 1) // 2 for start, end in self.pieces)
+
+
+def document_starts(documents_BP: Tensor) -> Tensor:
+    """(B, P) ids that never fall along a row -> (B, P) int64: where each position's document begins."""
+    begins_BP = F.pad(documents_BP[:, 1:] != documents_BP[:, :-1], (1, 0), value=True)
+    return (begins_BP * torch.arange(documents_BP.shape[1])).cummax(dim=1).values
+
+
+def attend(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
+    """q (B, H, S, d), k and v (B, G, P, d) -> (B, H, S, d): softmax(q k^T / sqrt(d)) v over the keys each query sees.
+    Key head g serves query heads g H / G to (g + 1) H / G - 1 (arXiv 2305.13245)."""
+    grouped, d = q_BHSd.shape[1] != k_BGPd.shape[1], q_BHSd.shape[-1]
+    cuda, narrow = q_BHSd.device.type == "cuda", q_BHSd.dtype in _FLASH
+    documents, whole = visible.start_BS is not None, visible.pieces == ((0, visible.length),)
+    if whole and not documents and (cuda or q_BHSd.dtype is not torch.bfloat16):
+        return F.scaled_dot_product_attention(q_BHSd, k_BGPd, v_BGPd, is_causal=True, enable_gqa=grouped)
+    if cuda and narrow and not documents:
+        return _by_piece(q_BHSd, k_BGPd, v_BGPd, visible)
+    if cuda and narrow and d % 8 == 0 and d <= 256:  # what the kernel takes
+        return _by_document(q_BHSd, k_BGPd, v_BGPd, visible)
+    # bf16 on a CPU: torch's forward, and a backward of plain matmuls, which take half the time of its own
+    fused = whole and not documents
+    return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, visible.start_BS, visible.blocks, fused)  # pyright: ignore
+
+
+def _by_piece(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
+    """The flash kernel, each piece on the keys up to its end: no mask is made."""
+    from torch.nn.attention.bias import causal_lower_right  # takes two seconds to import, which a CPU never needs
+
+    pieces, grouped = [], q_BHSd.shape[1] != k_BGPd.shape[1]
+    for q, (start, end) in zip(q_BHSd.chunk(len(visible.pieces), dim=2), visible.pieces, strict=True):
+        k, v, bias = k_BGPd[:, :, :end], v_BGPd[:, :, :end], causal_lower_right(end - start, end)
+        pieces.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped))
+    return torch.cat(pieces, dim=2)
+
+
+def _by_document(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
+    """The flash kernel for sequences of any lengths; its causal mask puts a segment's last query on its last key."""
+    from torch.nn.attention.varlen import varlen_attn  # takes two seconds to import, which a CPU never needs
+
+    (B, H, _, _), G = q_BHSd.shape, k_BGPd.shape[1]
+    k_TGd, v_TGd = (t.transpose(1, 2).flatten(0, 1) for t in (k_BGPd, v_BGPd))
+    gqa: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    if G != H and not gqa:  # torch 2.11
+        k_TGd, v_TGd = (t.repeat_interleave(H // G, dim=1) for t in (k_TGd, v_TGd))
+    pieces = []
+    for q, packed in zip(q_BHSd.chunk(len(visible.pieces), dim=2), visible.packed, strict=True):
+        q_THd = q.transpose(1, 2).flatten(0, 1)
+        y_THd = varlen_attn(
+            q_THd, k_TGd, v_TGd, packed.queries_N, packed.keys_N, *packed.most, window_size=(-1, 0), **gqa
+        )
+        pieces.append(y_THd.unflatten(0, (B, -1)))  # pyright: ignore
+    return torch.cat(pieces, dim=1).transpose(1, 2)
+
+
+def _pack(start_BP: Tensor, piece: tuple[int, int], device: torch.device) -> Packed:
+    """Every key of every row is in a segment, so that k and v are read where they lie; a segment that no query of the
+    piece sees has none."""
+    (begin, end), (B, P) = piece, start_BP.shape
+    queries, keys = [0], [0]
+
+    def segment(query: int, key: int) -> None:
+        if key > keys[-1]:
+            queries.append(query)
+            keys.append(key)
+
+    for row, start_S in enumerate(start_BP[:, begin:end]):
+        first, *later = start_S.unique_consecutive().tolist()
+        segment(queries[-1], row * P + first)  # before the first document, and after the row before's last
+        for stop in (*later, end):
+            segment(row * (end - begin) + stop - begin, row * P + stop)
+    segment(queries[-1], B * P)
+    most = [max(b - a for a, b in pairwise(at)) for at in (queries, keys)]
+    tables = (to_device(torch.tensor(at, dtype=torch.int32), device) for at in (queries, keys))
+    return Packed(*tables, most=(max(most[0], 2), most[1]))  # for 1 the kernel wants a query in every segment
