@@ -1,9 +1,22 @@
-"""Differentiable collectives, forward and backward side by side. A group of ``None`` is a rank that is alone."""
+"""Differentiable collectives, forward and backward side by side. A group of ``None`` is a rank that is alone.
+
+    all_to_all    rows to their ranks      | rows back
+    gather        all-gather along a dim   | reduce-scatter     a shard becomes whole, its users' gradients are summed
+    scatter_sum   reduce-scatter           | all-gather         parts of a sum become a shard of it
+    all_sum       all-reduce               | all-reduce         every rank uses the sum, so each part feels all of them
+
+These are the pairs of tensor and sequence parallelism (arXiv 1909.08053, 2205.05198), with ``all_sum`` for a statistic
+that every rank goes on with.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+# torch 2.13 names them *_single and warns about the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _AllToAll(torch.autograd.Function):
@@ -17,10 +30,57 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(g_MD, ctx.send, ctx.recv, ctx.group), None, None, None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gathered(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _scattered_sum(g, ctx.dim, ctx.group), None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _scattered_sum(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gathered(g, ctx.dim, ctx.group), None, None
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), group=group)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce_(g.clone(memory_format=torch.contiguous_format), group=ctx.group), None
+
+
 def _exchange(x: Tensor, recv: list[int] | None, send: list[int] | None, group: ProcessGroup) -> Tensor:
     out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
     return out
+
+
+def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    x = x.movedim(dim, 0).contiguous()
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    _all_gather(out, x, group=group)
+    return out.movedim(0, dim)
+
+
+def _scattered_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    x = x.movedim(dim, 0).contiguous()
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    _reduce_scatter(out, x, group=group)
+    return out.movedim(0, dim)
 
 
 def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, group: ProcessGroup | None) -> Tensor:
@@ -29,6 +89,26 @@ def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, 
     Its backward is itself with the counts exchanged.
     """
     return x_ND if group is None else _AllToAll.apply(x_ND, recv, send, group)  # pyright: ignore
+
+
+def gather(x: Tensor, *, dim: int, group: ProcessGroup | None) -> Tensor:
+    """The group's shards of ``dim``, put together in rank order on every rank; the gradient is summed and cut."""
+    return x if group is None else _Gather.apply(x, dim, group)  # pyright: ignore
+
+
+def scatter_sum(x: Tensor, *, dim: int, group: ProcessGroup | None) -> Tensor:
+    """This rank's shard of ``dim`` of the group's sum; the size of ``dim`` is a multiple of the group's."""
+    return x if group is None else _ScatterSum.apply(x, dim, group)  # pyright: ignore
+
+
+def all_sum(x: Tensor, *, group: ProcessGroup | None) -> Tensor:
+    """The group's sum, with which every rank goes on; so the gradient is summed too."""
+    return x if group is None else _AllSum.apply(x, group)  # pyright: ignore
+
+
+def all_gather(x: Tensor, *, group: ProcessGroup | None) -> Tensor:
+    """(...) -> (ranks, ...) without gradient."""
+    return x[None] if group is None else _gathered(x[None], 0, group)
 
 
 def all_reduce_(x: Tensor, *, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from moetrain import comm
 from moetrain.data.bigram import Bigram
 from moetrain.data.corpus import Corpus
-from moetrain.data.loader import Validation
+from moetrain.data.loader import IGNORED, Validation
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer, token_losses
 from moetrain.moe.types import Context
+from moetrain.parallel.context import Part
 from moetrain.world import to_device
 
 
@@ -26,22 +27,23 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, *, micro_batch: int, step: int) -> Score:
+def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, part: Part, *, micro_batch: int, step: int) -> Score:
     """Loss over a held-out set. Collective: every rank runs the same number of forwards, padded where it has less."""
     dp, index = mesh.layout.dp, mesh.index("dense", "dp")
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    position_S = torch.arange(held_out.seq_len, device=mesh.device)
     for first in range(0, held_out.num_samples, dp * micro_batch):
         batch = held_out.batch(first + index * micro_batch, micro_batch)
-        whole = batch.mask_BS is None or bool(batch.mask_BS.all())
+        rows = None if batch.mask_BS is None or bool(batch.mask_BS.all()) else batch.mask_BS[:, 0]
         ctx = Context(
-            step=step, micro_batch=0, sample_B=batch.sample_B, position_S=position_S, routed_tokens=1.0, training=False,
-            mask_BS=None if whole else to_device(batch.mask_BS, mesh.device),  # pyright: ignore[reportArgumentType]
-            documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, mesh.device),
+            step=step, micro_batch=0, sample_B=batch.sample_B, position_S=part.position_S, routed_tokens=1.0,
+            training=False, mask_BS=part.mask(rows, batch=micro_batch), pieces=part.pieces, length=part.length,
+            documents_BP=part.documents(batch.documents_BS),
         )  # fmt: skip
-        logits_BSV = model(to_device(batch.tokens_BS, mesh.device), ctx)
-        total += token_losses(logits_BSV, to_device(batch.targets_BS, mesh.device))
-    comm.all_reduce_(total, group=mesh.group("dense", "dp"))
+        logits_BSV = model(to_device(part.take(batch.tokens_BS, fill=0), mesh.device), ctx)
+        targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), mesh.device)
+        total += token_losses(logits_BSV, targets_BS, group=model.group, first_row=model.first_row)
+    total *= mesh.index("dense", "tp") == 0  # tp ranks know the loss of the same targets
+    comm.all_reduce_(total, group=mesh.group("dense", "dp", "cp", "tp"))
     return _score(total.item(), held_out)
 
 

@@ -18,6 +18,7 @@ from moetrain.optim import OptimConfig
 from moetrain.parallel import state
 from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.plan import whole
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
 
@@ -118,7 +119,7 @@ def batch_at(cfg: TrainConfig, consumed: int) -> int:
 def check(cfg: Config, *, world: int) -> Layout:
     """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
     layout = cfg.layout.solve(world)
-    parallelism.check(layout, cfg.model)
+    parallelism.check(layout, cfg.model, context=cfg.context)
     t, ramp = cfg.train, cfg.train.ramp
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}
@@ -223,7 +224,8 @@ def check_same_data(meta: dict, data: Data, newest: Path) -> None:
 
 def _check_same_model(cfg: Config, newest: Path) -> None:
     with torch.device("meta"):
-        wanted = state.parameters(Transformer(cfg.model))
+        model = Transformer(cfg.model)
+        wanted = state.parameters(model, whole(model))
     saved = {n.removeprefix("model."): shape for n, (shape, _) in checkpoint.read_index(newest).items()}
     for name, logical in wanted.items():
         if tuple(saved.get(name, ())) != logical.shape:

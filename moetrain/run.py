@@ -124,7 +124,7 @@ class _Loop:
         columns = [torch.stack([r.loss.double() for r in results])[:, None]]
         columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
         columns += [torch.stack([r.balance_J.double() for r in results])]
-        summed = comm.all_reduce_(torch.cat(columns, dim=1), group=self.trainer.mesh.group("dense", "dp")).tolist()
+        summed = comm.all_reduce_(torch.cat(columns, dim=1), group=self.trainer.all_ranks).tolist()
         norms = torch.stack([r.norm for r in results]).tolist()
         seconds = time.perf_counter() - self.since
         records = []

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moetrain import __version__, checkpoint, comm
 from moetrain import config as configs
+from moetrain.data.loader import IGNORED
 from moetrain.evaluate import Score, evaluate
 from moetrain.job import Config, Data, batch_at, check, check_same_data, checkpoints
 from moetrain.logical import Logical
@@ -17,6 +18,7 @@ from moetrain.model.transformer import token_losses
 from moetrain.moe.types import Context
 from moetrain.optim import Optimizer, clip_scale, grad_norm
 from moetrain.parallel import parallelize, state
+from moetrain.parallel.context import Part
 from moetrain.parallel.data import set_last_micro_batch
 from moetrain.world import World, allow_fixed_order, fixed_order, to_device
 
@@ -45,16 +47,20 @@ class Seen:
 class Trainer:
     """The state of a run on one rank. Nothing about a batch lives on it."""
 
-    def __init__(self, cfg: Config, world: World, data: Data) -> None:
+    def __init__(self, cfg: Config, world: World, data: Data, *, like: Mesh | None = None) -> None:
+        """``like``: a mesh of the same ranks, whose groups are used again."""
         self.cfg, self.world, self.data = cfg, world, data
         if cfg.train.deterministic:
             allow_fixed_order(world.device)
         layout = check(cfg, world=world.size)
-        self.mesh = Mesh.build(layout, rank=world.rank, world=world.size, device=world.device)
+        self.mesh = Mesh.build(layout, rank=world.rank, world=world.size, device=world.device, like=like)
+        self.part = Part.of(cfg.train.seq_len, self.mesh)
         self.dtype = cfg.train.dtype.torch
-        self.model = parallelize(cfg.model, self.mesh, sharding=cfg.sharding, dtype=self.dtype)
-        initialize(state.parameters(self.model), cfg.model, seed=cfg.seed)
-        state.zero_padding_(self.model)
+        parallel = parallelize(
+            cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, dtype=self.dtype
+        )  # fmt: skip
+        self.model, self.plan = parallel.model, parallel.plan
+        initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
         self.optimizer = Optimizer(cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()})
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
@@ -96,30 +102,30 @@ class Trainer:
         """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
         t, device = self.cfg.train, self.world.device
         batch = self.data.loader.batch(first, t.micro_batch)
-        position_S = torch.arange(t.seq_len, device=device)
         if seen is not None:
             seen.ids.append({})
             seen.scores.append({})
-            seen.positions_S = position_S
+            seen.positions_S = self.part.position_S
         ctx = Context(
-            step=self.steps, micro_batch=m, sample_B=batch.sample_B,
-            position_S=position_S, routed_tokens=routed_tokens, seed=self.cfg.seed,
-            documents_BS=None if batch.documents_BS is None else to_device(batch.documents_BS, device),
+            step=self.steps, micro_batch=m, sample_B=batch.sample_B, position_S=self.part.position_S,
+            routed_tokens=routed_tokens, seed=self.cfg.seed, mask_BS=self.part.mask(None, batch=t.micro_batch),
+            pieces=self.part.pieces, length=self.part.length, documents_BP=self.part.documents(batch.documents_BS),
             ids=None if seen is None else seen.ids[-1], scores=None if seen is None else seen.scores[-1],
         )  # fmt: skip
-        logits_BSV = self.model(to_device(batch.tokens_BS, device), ctx)
-        loss = token_losses(logits_BSV, to_device(batch.targets_BS, device)) / targets
+        logits_BSV = self.model(to_device(self.part.take(batch.tokens_BS, fill=0), device), ctx)
+        targets_BS = to_device(self.part.take(batch.targets_BS, fill=IGNORED), device)
+        loss = token_losses(logits_BSV, targets_BS, group=self.model.group, first_row=self.model.first_row) / targets
         with fixed_order(device, on=t.deterministic):
             loss.backward()
-        return loss.detach()
+        # tp ranks all know the loss of the same targets: one of them has it in its share
+        return loss.detach() * (self.mesh.index("dense", "tp") == 0)
 
     def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
-        if self.steps == 0 and (missing := state.grad_is_missing(self.model)):
-            raise RuntimeError(f"no gradient reached {', '.join(missing)}")
-        grads = {n: state.local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        grads = state.grads(self.model)
+        state.sum_copies_(grads, self.plan)
         if seen is not None:
             seen.grads = {n: g.clone() for n, g in grads.items()}
-        norm = grad_norm(list(grads.values()), group=self.all_ranks, like=loss)
+        norm = grad_norm([g for n, g in grads.items() if self.plan[n].counted], group=self.all_ranks, like=loss)
         lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
         self.model.zero_grad()
@@ -137,16 +143,21 @@ class Trainer:
     def validate(self) -> dict[str, Score]:
         micro_batch = self.cfg.train.micro_batch
         return {
-            name: evaluate(self.model, held_out, self.mesh, micro_batch=micro_batch, step=self.steps)
+            name: evaluate(self.model, held_out, self.mesh, self.part, micro_batch=micro_batch, step=self.steps)
             for name, held_out in self.data.validation.items()
         }
 
     def tensors(self) -> dict[str, Logical]:
         """Everything a checkpoint holds: this rank's boxes of parameters, buffers and optimizer state."""
-        found = {f"model.{n}": x for n, x in (state.parameters(self.model) | state.buffers(self.model)).items()}
+        parameters = state.parameters(self.model, self.plan)
+        found = {f"model.{n}": x for n, x in (parameters | state.buffers(self.model)).items()}
         for kind, storage in self.optimizer.state().items():
-            found |= {f"optim.{kind}.{n}": state.describe(self.model, n, x) for n, x in storage.items()}
+            found |= {f"optim.{kind}.{n}": self.describe(n, x) for n, x in storage.items()}
         return found
+
+    def describe(self, name: str, box: Tensor) -> Logical:
+        """Where ``box`` lies, which is storage like that of parameter ``name``."""
+        return state.describe(self.model, self.plan, name, box)
 
     def save(self) -> Path:
         meta = {

@@ -1,11 +1,18 @@
-"""Causal self-attention with grouped queries (arXiv 2305.13245), optional QK-norm and QKV bias."""
+"""Causal self-attention with grouped queries (arXiv 2305.13245), optional QK-norm and QKV bias.
 
+``group`` (tensor parallelism) has a slice of the heads on each rank and a shard of the sequence between layers;
+``context_group`` has other positions of the same sequences on each rank, dealt in zigzag.
+"""
+
+import math
 from enum import Enum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from moetrain import comm
+from moetrain.model.attend import Visible, attend
 from moetrain.model.layers import Linear, RMSNorm, rotate
 
 
@@ -16,11 +23,15 @@ class QKNorm(Enum):
 
 
 class Attention(nn.Module):
+    group: ProcessGroup | None = None
+    context_group: ProcessGroup | None = None
+    ulysses: bool = False  # exchange heads against positions, rather than gather keys and values
+
     def __init__(
         self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: QKNorm, qkv_bias: bool, eps: float
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim, self.qk_norm = num_heads, num_kv_heads, head_dim, qk_norm
+        self.head_dim, self.qk_norm = head_dim, qk_norm
         self.q = Linear(dim, num_heads * head_dim, bias=qkv_bias)
         self.k = Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
@@ -30,54 +41,64 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(num_heads * head_dim if full else head_dim, eps=eps)
             self.k_norm = RMSNorm(num_kv_heads * head_dim if full else head_dim, eps=eps)
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None) -> Tensor:
-        """(B, S, D) -> (B, S, D); with ``documents_BS``, a position sees its own document only."""
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+        """(B, S, D) -> (B, S, D). ``rope`` are the tables of this rank's queries, ``visible`` the keys they see."""
+        x_BSD = comm.gather(x_BSD, dim=1, group=self.group)
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.qk_norm is QKNorm.full:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm is QKNorm.head:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
-        grouped = self.num_kv_heads != self.num_heads
-        if documents_BS is None and q.device.type == "cpu" and q.dtype is torch.bfloat16 and not grouped:
-            y: Tensor = _Causal.apply(q, k, v)  # pyright: ignore[reportAssignmentType]
-        elif documents_BS is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if self.context_group is None:
+            y = _attend(q, k, v, visible)
+        elif self.ulysses:
+            y = _ulysses(q, k, v, visible, self.context_group)
         else:
-            same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
-            causal_SS = torch.ones(same_BSS.shape[1:], dtype=torch.bool, device=q.device).tril()
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(same_BSS & causal_SS)[:, None], enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).flatten(2))
+            k, v = _all_positions(k, self.context_group), _all_positions(v, self.context_group)
+            y = _attend(q, k, v, visible)
+        return comm.scatter_sum(self.out(y.flatten(2)), dim=1, group=self.group)
 
 
-class _Causal(torch.autograd.Function):
-    """Causal attention in bf16 on a CPU: torch's forward, and a backward of plain matmuls, which take half the time of
-    its own. Scores and their softmax are made again in float32, for as many heads at once as stay small."""
+def zigzag(cp: int) -> list[tuple[int, ...]]:
+    """The chunks of a row, of 2 cp equal ones, that each context rank holds: an early one and a late one.
 
-    @staticmethod
-    def forward(ctx, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor) -> Tensor:
-        ctx.save_for_backward(q_BHSd, k_BHSd, v_BHSd)
-        return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=True)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_BHSd: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        shape, dtype = g_BHSd.shape, g_BHSd.dtype
-        S, scale = shape[2], shape[3] ** -0.5
-        q, k, v, g = (t.flatten(0, 1) for t in (*ctx.saved_tensors, g_BHSd))
-        later_SS = torch.full((S, S), -torch.inf, device=q.device).triu_(1)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        step = max(1, _SCORES // S**2)
-        for start in range(0, q.shape[0], step):
-            at = slice(start, start + step)
-            scores = torch.baddbmm(later_SS, q[at].float(), k[at].float().transpose(1, 2), alpha=scale)
-            p = scores.softmax(-1).to(dtype)
-            d_v[at] = p.transpose(1, 2) @ g[at]
-            d_scores = torch.ops.aten._softmax_backward_data(g[at] @ v[at].transpose(1, 2), p, -1, dtype)
-            d_q[at] = (d_scores @ k[at]).mul_(scale)
-            d_k[at] = (d_scores.transpose(1, 2) @ q[at]).mul_(scale)
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+    Causal work is then the same on every rank (Llama 3, arXiv 2407.21783, section 3.3.2). A row alone is one chunk.
+    """
+    return [(0,)] if cp == 1 else [(rank, 2 * cp - 1 - rank) for rank in range(cp)]
 
 
-_SCORES = 2**19
+def _attend(q_BSHd: Tensor, k_BPGd: Tensor, v_BPGd: Tensor, visible: Visible) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q_BSHd, k_BPGd, v_BPGd))
+    return attend(q, k, v, visible).transpose(1, 2)
+
+
+def _all_positions(x_BSGd: Tensor, group: ProcessGroup) -> Tensor:
+    """(B, S, G, d) of this rank -> (B, P, G, d) of the whole row, in position order."""
+    return _in_order(comm.gather(x_BSGd, dim=1, group=group), group.size())
+
+
+def _ulysses(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, visible: Visible, group: ProcessGroup) -> Tensor:
+    """All heads of S positions -> a slice of heads of all P, attention, and back (arXiv 2309.14509, figure 2)."""
+    n, groups = group.size(), k_BSGd.shape[2]
+    repeat = math.lcm(groups, n) // groups  # fewer key heads than ranks: each of them goes to several
+    k, v = (t.repeat_interleave(repeat, 2) if repeat > 1 else t for t in (k_BSGd, v_BSGd))
+    q, k, v = (_in_order(_heads_to_positions(t, group), n) for t in (q_BSHd, k, v))
+    y_BPhd = _attend(q, k, v, visible)
+    chunks = y_BPhd.chunk(2 * n, 1)
+    dealt = torch.cat([chunks[i] for held in zigzag(n) for i in held], 1)
+    y_nBShd = torch.stack(dealt.chunk(n, 1))
+    return torch.cat(list(comm.all_to_all(y_nBShd, recv=None, send=None, group=group)), 2)
+
+
+def _heads_to_positions(x_BSHd: Tensor, group: ProcessGroup) -> Tensor:
+    x_nBShd = torch.stack(x_BSHd.chunk(group.size(), 2))
+    return torch.cat(list(comm.all_to_all(x_nBShd, recv=None, send=None, group=group)), 1)
+
+
+def _in_order(x_BP: Tensor, cp: int) -> Tensor:
+    """Positions rank after rank -> positions in order."""
+    chunks = x_BP.chunk(2 * cp, 1)
+    dealt = [i for held in zigzag(cp) for i in held]
+    return torch.cat([chunks[dealt.index(i)] for i in range(2 * cp)], 1)

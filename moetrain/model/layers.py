@@ -6,12 +6,17 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from moetrain import comm
 from moetrain.config import UserError, config
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (arXiv 1910.07467)."""
+    """Root mean square normalization (arXiv 1910.07467); with a ``group``, over its ranks' dimensions together, each of
+    which is held equally often."""
+
+    group: ProcessGroup | None = None
 
     def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
@@ -20,6 +25,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         weight = self.weight.to(x.dtype)
+        if self.group is not None:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            dims = x.shape[-1] * self.group.size()
+            mean = (
+                comm.all_sum(wide.square().sum(-1, keepdim=True), group=self.group) / dims
+            )  # copies of a dimension cancel
+            return (wide * (mean + self.eps).rsqrt() * weight).to(x.dtype)
         if x.device.type != "cpu":
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return _RMSNorm.apply(x, weight, self.eps)  # pyright: ignore[reportReturnType]
@@ -59,15 +71,22 @@ class Linear(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): dense layers and shared experts."""
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): dense layers and shared experts.
+
+    With a ``group``, each rank has a slice of the hidden width and a shard of the sequence.
+    """
+
+    group: ProcessGroup | None = None
 
     def __init__(self, dim: int, *, hidden: int) -> None:
         super().__init__()
         self.gate, self.up = Linear(dim, hidden), Linear(dim, hidden)
         self.down = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        x = comm.gather(x_BSD, dim=1, group=self.group)
+        return comm.scatter_sum(self.down(F.silu(self.gate(x)) * self.up(x)), dim=1, group=self.group)
 
 
 class Scaling(Enum):

@@ -3,12 +3,17 @@ is parallel: modules hold ``group: ProcessGroup | None``, set by ``parallel/``; 
 
 import math
 from dataclasses import field
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from moetrain import comm
 from moetrain.config import UserError, config
+from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import Linear, RMSNorm, Rope, RopeConfig, SwiGLU
 from moetrain.moe.layer import MoE, MoEConfig
@@ -86,6 +91,13 @@ class SharedExpert(nn.Module):
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
 
+class Shared(NamedTuple):
+    """What every block of a micro-batch uses, made once from its Context."""
+
+    rope: tuple[Tensor, Tensor]  # of the positions that this rank's queries have
+    visible: Visible
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)), where ffn is dense, or routed experts plus a shared one."""
 
@@ -102,8 +114,8 @@ class Block(nn.Module):
         shared = self.moe is not None and cfg.moe.shared_hidden > 0
         self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None
 
-    def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Carry]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, ctx.documents_BS)
+    def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), shared.rope, shared.visible)
         h_BSD = self.ffn_norm(x_BSD)
         if self.ffn is not None:
             return x_BSD + self.ffn(h_BSD), carry
@@ -115,6 +127,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    group: ProcessGroup | None = None  # the ranks that a row of the vocabulary and a stretch of the sequence lie on
+    ulysses: bool = False
+
     def __init__(self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         """``dtype`` is what it computes in; weights keep the dtype they are given."""
         super().__init__()
@@ -127,58 +142,100 @@ class Transformer(nn.Module):
         self.rope = Rope(cfg.rope, head_dim=cfg.width_of_heads)
 
     def forward(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
-        """(B, S) int64 -> (B, S, vocab_size) logits; the padding of the vocabulary is not among them."""
-        x_BSD = F.embedding(tokens_BS, self.embedding).to(self.dtype)
-        rope = self.rope(ctx.position_S)
-        rope = rope[0].to(self.dtype), rope[1].to(self.dtype)
+        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary, padding rows not among them."""
+        x_BSD = self.embed(tokens_BS)
+        shared = self.shared(ctx, tokens_BS)
         carry: Carry = {}
         for block in self.blocks.values():
-            x_BSD, carry = block(x_BSD, carry, ctx, rope)
+            x_BSD, carry = block(x_BSD, carry, ctx, shared)
+        return self.logits(x_BSD)
+
+    def shared(self, ctx: Context, tokens_BS: Tensor) -> Shared:
+        """The rotary tables and the attention plan of a micro-batch."""
+        device, pieces = tokens_BS.device, ctx.pieces or ((0, tokens_BS.shape[1]),)
+        cos, sin = self.rope(torch.cat([torch.arange(*piece, device=device) for piece in pieces]))
+        length = ctx.length or tokens_BS.shape[1]
+        seen = ((0, length),) if self.ulysses else pieces
+        visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
+        return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
+        if self.group is None:
+            return F.embedding(tokens_BS, self.embedding).to(self.dtype)
+        row_BS = tokens_BS - self.first_row
+        here_BS = (row_BS >= 0) & (row_BS < self.embedding.shape[0])
+        x_BSD = F.embedding(torch.where(here_BS, row_BS, 0), self.embedding).to(self.dtype)
+        return comm.scatter_sum(torch.where(here_BS[..., None], x_BSD, 0), dim=1, group=self.group)
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, V); in a group, S is gathered and V is this rank's slice."""
         weight = self.embedding if self.head is None else self.head
-        return F.linear(self.norm(x_BSD), weight[: self.cfg.vocab_size].to(x_BSD.dtype))
+        real = max(0, min(weight.shape[0], self.cfg.vocab_size - self.first_row))
+        h_BSD = comm.gather(self.norm(x_BSD), dim=1, group=self.group)
+        logits_BSV = F.linear(h_BSD, weight[: max(real, 1)].to(h_BSD.dtype))
+        return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+
+    @property
+    def first_row(self) -> int:
+        """The token id of this rank's first row of the vocabulary."""
+        return comm.rank(self.group) * self.embedding.shape[0]
 
     def moe_layers(self) -> list[MoE]:
         return [block.moe for block in self.blocks.values() if block.moe is not None]  # pyright: ignore
 
 
-def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it."""
+def token_losses(
+    logits_BSV: Tensor, targets_BS: Tensor, *, group: ProcessGroup | None = None, first_row: int = 0
+) -> Tensor:
+    """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it.
+
+    In a ``group``, V is this rank's slice of the vocabulary from id ``first_row`` on; every rank returns the whole sum.
+    """
     logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    if logits_TV.device.type == "cpu" and logits_TV.dtype != wide:
-        return _CrossEntropy.apply(logits_TV, targets_T)  # pyright: ignore[reportReturnType]
+    if group is not None or (logits_TV.device.type == "cpu" and logits_TV.dtype != wide):
+        return _CrossEntropy.apply(logits_TV, targets_T, first_row, group)  # pyright: ignore[reportReturnType]
     logits_TV = logits_TV.to(wide)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of narrow logits, widened a few rows at a time, which stay in a core's cache."""
+    """Summed cross-entropy, widened a few rows at a time, which stay in a core's cache; the vocabulary may be split."""
 
     @staticmethod
-    def forward(ctx, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx, logits_TV: Tensor, targets_T: Tensor, first_row: int, group: ProcessGroup | None) -> Tensor:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         lse_T = logits_TV.new_empty(logits_TV.shape[0], dtype=wide)
         picked_T = torch.empty_like(lse_T)
-        safe_T = targets_T.clamp_min(0)
+        column_T = targets_T - first_row
+        here_T = (column_T >= 0) & (column_T < logits_TV.shape[1])  # -100 is nowhere
+        column_T = torch.where(here_T, column_T, 0)
         for rows in _row_blocks(logits_TV):
             block = logits_TV[rows].to(wide)
             torch.logsumexp(block, -1, out=lse_T[rows])
-            picked_T[rows] = block.gather(1, safe_T[rows, None])[:, 0]
-        ctx.save_for_backward(logits_TV, targets_T, lse_T)
-        return torch.where(targets_T == -100, 0, lse_T - picked_T).sum()
+            picked_T[rows] = block.gather(1, column_T[rows, None])[:, 0]
+        picked_T = comm.all_reduce_(torch.where(here_T, picked_T, 0), group=group)
+        if group is not None:
+            most_T = comm.all_reduce_(lse_T.clone(), group=group, op=dist.ReduceOp.MAX)
+            lse_T = comm.all_reduce_((lse_T - most_T).exp(), group=group).log() + most_T
+        counted_T = targets_T != -100
+        ctx.save_for_backward(logits_TV, column_T, here_T, counted_T, lse_T)
+        return torch.where(counted_T, lse_T - picked_T, 0).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits_TV, targets_T, lse_T = ctx.saved_tensors
+        logits_TV, column_T, here_T, counted_T, lse_T = ctx.saved_tensors
         d_logits_TV = torch.empty_like(logits_TV)
-        safe_T1, g_T1 = targets_T.clamp_min(0)[:, None], torch.where(targets_T == -100, 0, g)[:, None]
+        column_T1, g_T1 = column_T[:, None], torch.where(counted_T, g, 0)[:, None]
+        hit_T1 = here_T[:, None].to(lse_T.dtype)
         for rows in _row_blocks(logits_TV):
             block = (logits_TV[rows] - lse_T[rows, None]).exp_()
-            block.scatter_(1, safe_T1[rows], block.gather(1, safe_T1[rows]) - 1)
+            block.scatter_(1, column_T1[rows], block.gather(1, column_T1[rows]) - hit_T1[rows])
             torch.mul(block, g_T1[rows], out=block)
             d_logits_TV[rows] = block
-        return d_logits_TV, None
+        return d_logits_TV, None, None, None
 
 
 def _row_blocks(x_TV: Tensor) -> list[slice]:

@@ -14,7 +14,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.placement.static import Static
 from moetrain.moe.routers.topk import TopK
-from moetrain.moe.types import Balance, Carry, Context, Dispatcher, GateConfig, PlacementPolicy, Router, Routing
+from moetrain.moe.types import Balance, Carry, Context, Dispatcher, GateConfig, PlacementPolicy, Router, Routing, Tokens
 
 
 @config
@@ -41,7 +41,10 @@ class MoEConfig:
 
 
 class MoE(nn.Module):
-    """Experts over ``ep`` ranks of an ``edp`` x ``ep`` grid; alone by default. ``parallel/expert.py`` places it."""
+    """Experts over ``ep`` ranks of an ``edp`` x ``ep`` grid, each split over ``etp``; alone by default.
+
+    ``parallel/expert.py`` places it.
+    """
 
     bias_E: Tensor  #   (E,) saved: what the balance terms have learned
     load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
@@ -51,47 +54,51 @@ class MoE(nn.Module):
     def __init__(self, cfg: MoEConfig, *, dim: int, layer: int) -> None:
         super().__init__()
         self.cfg, self.dim, self.layer = cfg, dim, layer
-        self.group: ProcessGroup | None = None  # the ranks that tokens travel among
+        self.group: ProcessGroup | None = None  # the ranks that rows travel among
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
         self.terms = {name: term for name, term in cfg.balance.items() if type(term).loss is not Balance.loss}
-        self.place(edp=1, ep=1, rank=0, group=None)
+        self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 
-    def place(self, *, edp: int, ep: int, rank: int, group: ProcessGroup | None) -> None:
-        """Say where this rank stands in the stage's expert grid, and make room for the experts it owns (on meta)."""
-        self.rank, self.group = rank, group
+    def place(self, *, edp: int, ep: int, etp: int, rank: int, group: ProcessGroup | None) -> None:
+        """Say where this rank stands in the stage's expert grid, and make room for the experts it owns (on meta).
+
+        ``group`` is its ep x etp ranks, etp innermost. A width that etp does not divide is padded with zeros, which
+        compute zeros and get zero gradients.
+        """
+        self.rank, self.etp, self.group = rank, etp, group
         with torch.device("cpu"):  # planning tables are real even where the model is on meta
             self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
-        self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.cfg.hidden)
+        self.width = -(-self.cfg.hidden // etp)
+        self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.width)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         """(B, S, D) -> (B, S, D) and what the gate passes on."""
         x_TD = x_BSD.flatten(0, 1)
-        num_sequences = x_BSD.shape[0]
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
+        tokens = Tokens(x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group)
         logits_TE, carry = self.gate(x_TD, carry)
         routing = self.cfg.router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
         if ctx.ids is not None and ctx.scores is not None:
-            ctx.ids[self.layer] = routing.ids_TK.view(num_sequences, -1, routing.ids_TK.shape[1])
-            steer_TE = routing.scores_TE.detach() + self.bias_E
-            ctx.scores[self.layer] = steer_TE.view(num_sequences, -1, steer_TE.shape[1])
+            ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
+            ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
         rows, ticket = self.cfg.dispatcher.dispatch(
-            x_TD, routing, target_E=self.placement.target_E(self.rank, x_TD.device),
-            num_slots=self.placement.num_slots, num_sequences=num_sequences, mask_T=mask_T, group=self.group,
+            x_TD, routing, target_EJ=self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp),
+            num_slots=self.placement.num_slots, tokens=tokens, group=self.group,
         )  # fmt: skip
-        backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.cfg.hidden)
+        backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.width)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend), ticket)
         if ctx.training:
             m = ctx.micro_batch
             self.load_ME[m] = routing.load_E
             if rows.dropped_E is not None:
                 self.dropped_ME[m] = rows.dropped_E
-            y_TD = self._balance(y_TD, routing, num_sequences, mask_T, ctx)
+            y_TD = self._balance(y_TD, routing, tokens, ctx)
         return y_TD.view_as(x_BSD), carry
 
     def begin_step(self, micro_batches: int) -> None:
@@ -107,12 +114,10 @@ class MoE(nn.Module):
         for term in self.cfg.balance.values():
             self.bias_E.copy_(term.bias(self.bias_E, load_E))
 
-    def _balance(
-        self, y_TD: Tensor, routing: Routing, num_sequences: int, mask_T: Tensor | None, ctx: Context
-    ) -> Tensor:
+    def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
         total = None
         for j, term in enumerate(self.terms.values()):
-            loss = term.loss(routing, num_sequences=num_sequences, mask_T=mask_T, group=self.sequence_group)
+            loss = term.loss(routing, tokens)
             assert loss is not None, f"{type(term).__name__}.loss returned nothing"
             self.losses_MJ[ctx.micro_batch, j] = loss.detach()
             total = term.coef * loss if total is None else total + term.coef * loss

@@ -28,14 +28,27 @@ class Context:
     step: int
     micro_batch: int
     sample_B: Tensor  #  (B,) int64 global sample ids
-    position_S: Tensor  # (S,) int64 positions of this rank's part of the sequences
+    position_S: Tensor  # (S,) int64 positions of the tokens that this rank holds between layers
     routed_tokens: float  # global count of non-padding tokens of the step: the divisor of every balance loss
     seed: int = 0
     training: bool = True
-    mask_BS: Tensor | None = None  #      bool, False = padding; None = no padding anywhere
-    documents_BS: Tensor | None = None  # int64 document ids; None = attention crosses documents
+    mask_BS: Tensor | None = None  # bool, False = padding; None = no padding anywhere
+    pieces: tuple[tuple[int, int], ...] = ()  # [start, end) of the positions that its attention asks from; () = a row
+    length: int = 0  # P: positions of a whole row, padding included; 0 = as many as there are
+    documents_BP: Tensor | None = None  # int64 on the host, of whole rows; None = attention crosses documents
     ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
     scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) what they were chosen by, likewise
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where this rank's T tokens lie: S positions of each of ``num_sequences`` sequences."""
+
+    num_sequences: int
+    position_S: Tensor  # (S,) int64, ascending in ``stretches`` equal runs of consecutive positions
+    stretches: int = 1
+    mask_T: Tensor | None = None  # bool, False = padding
+    group: ProcessGroup | None = None  # the ranks that hold the other positions of these sequences
 
 
 @dataclass(frozen=True)
@@ -91,14 +104,19 @@ class Placement:
         """Expert ids in the slots of a rank, in slot order."""
         return [e for e in self.slots_RS[rank].tolist() if e >= 0]
 
-    def target_E(self, rank: int, device: torch.device) -> Tensor:
-        """(E,) int64 on ``device``: where rank sends each expert's tokens, as peer * S + slot within its span."""
+    def target_EJ(self, rank: int, device: torch.device, *, etp: int = 1) -> Tensor:
+        """(E, J) int64 on ``device``: the slots that rank sends each expert's tokens to, as peer * S + slot.
+
+        Peers are the ranks of its span, each ``etp`` times: J = etp ranks hold a slice of an expert's width each.
+        """
         table = self._device_tables.get((rank, device))
         if table is None:
             start = rank // self.span * self.span
             row = self.slots_RS[start : start + self.span].flatten()
             at = (row >= 0).nonzero().flatten()
-            table = torch.empty_like(self.owner_E).scatter_(0, row[at].flip(0), at.flip(0))
+            target_E = torch.empty_like(self.owner_E).scatter_(0, row[at].flip(0), at.flip(0))
+            peer_E1, slot_E1 = target_E[:, None] // self.num_slots, target_E[:, None] % self.num_slots
+            table = (peer_E1 * etp + torch.arange(etp, device=row.device)) * self.num_slots + slot_E1
             self._device_tables[rank, device] = table = table.to(device)
         return table
 
@@ -149,13 +167,8 @@ class Balance:
 
     coef: float = 0.0
 
-    def loss(
-        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
-    ) -> Tensor | None:
-        """() a sum over this rank's tokens, without ``coef`` and without a divisor; ``None`` adds no loss.
-
-        Tokens are ``num_sequences`` equal runs of T; ``group`` is the ranks that hold the rest of those sequences.
-        """
+    def loss(self, routing: Routing, tokens: Tokens) -> Tensor | None:
+        """() a sum over this rank's tokens, without ``coef`` and without a divisor; ``None`` adds no loss."""
         return None
 
     def bias(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
@@ -181,15 +194,15 @@ class Dispatcher(ABC):
         x_TD: Tensor,
         routing: Routing,
         *,
-        target_E: Tensor,
+        target_EJ: Tensor,
         num_slots: int,
-        num_sequences: int,
-        mask_T: Tensor | None,
+        tokens: Tokens,
         group: ProcessGroup | None,
     ) -> tuple[Rows, Any]:
         """(T, D) -> the rows of this rank's ``num_slots`` slots, and the ticket that ``combine`` needs.
 
-        ``target_E[e]`` = peer * num_slots + slot of expert e; ``group`` is the ranks that tokens travel among.
+        Every assignment to expert e becomes J rows, one for each slot ``target_EJ[e]`` = peer * num_slots + slot; the
+        results of the J are parts of a sum. ``group`` is the ranks that rows travel among.
         """
 
     @abstractmethod

@@ -60,11 +60,19 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, and the loss is divided already
 
 
+def summed(name: str, mesh: Mesh) -> dict[str, str | int]:
+    """What FSDP2 does with a parameter, in the words of its ``Held``: the axes it sums over, the copy of this rank."""
+    view, axes = ("experts", "edp") if ".moe.experts." in name else ("fsdp", "dp*cp")
+    many = mesh.group(view, "replicate", "shard") is not None
+    return {"fsdp": axes if many else "", "replica": mesh.index(view, "replicate")}
+
+
 def set_last_micro_batch(model: Transformer, last: bool, *, sharding: ShardingConfig) -> None:
     """Say before each forward whether this micro-batch's backward is the step's last."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or sharding.accumulate is Accumulate.sharded, recurse=False)
+            module.set_requires_all_reduce(last, recurse=False)  # of HSDP's copies: once a step
             module.set_is_last_backward(last)
 
 

@@ -66,7 +66,7 @@ def layer_on(rank: int, world: int, ep: int, router: TopK, dispatcher, kernel: K
     mesh = Mesh.build(Layout(dp=world, ep=ep), rank=rank, world=world, device=torch.device("cpu"))
     cfg = MoEConfig(num_experts=E, hidden=F, router=router, dispatcher=dispatcher, kernel=kernel)
     layer = MoE(cfg, dim=D, layer=0).to(dtype)
-    layer.place(edp=mesh.layout.edp, ep=ep, rank=mesh.index("moe", "edp", "ep"), group=mesh.group("moe", "ep"))
+    layer.place(edp=mesh.layout.edp, ep=ep, etp=1, rank=mesh.index("moe", "edp", "ep"), group=mesh.group("moe", "ep"))
     layer.to(dtype)
     t = tensors(dtype)
     owned = layer.placement.slots_of(layer.rank)
@@ -109,7 +109,9 @@ def test_every_dispatcher_and_ep_equals_the_reference(ranks, world) -> None:
     for router_name, router in ROUTERS.items():
         for name, dispatcher in DISPATCHERS.items():
             want = truth(router_name, name)
-            assert (want["dropped"] > 0) == ("much" in name or (name == "capacity")), "the case drops what its name says"
+            assert (want["dropped"] > 0) == ("much" in name or (name == "capacity")), (
+                "the case drops what its name says"
+            )
             for ep in [n for n in (1, 2, 4) if n <= world]:
                 got = together(pool.run(layer_on, ep, router, dispatcher, Kernel.auto, torch.float64))
                 compare(got, want, 1e-12)
@@ -127,7 +129,7 @@ def empty_ranks(rank: int, world: int) -> list[float]:
     """All tokens go to expert 0: three of four ranks compute nothing, forward and backward."""
     mesh = Mesh.build(Layout(dp=world, ep=world), rank=rank, world=world, device=torch.device("cpu"))
     layer = MoE(MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=1)), dim=D, layer=0)
-    layer.place(edp=1, ep=world, rank=rank, group=mesh.group("moe", "ep"))
+    layer.place(edp=1, ep=world, etp=1, rank=rank, group=mesh.group("moe", "ep"))
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(full("w", *p.shape, dtype=torch.float32))
@@ -151,7 +153,7 @@ def masked(rank: int, world: int, dispatcher) -> list[Tensor]:
     """The same real tokens, with and without padding rows that hold NaN."""
     mesh = Mesh.build(Layout(dp=world, ep=world), rank=rank, world=world, device=torch.device("cpu"))
     layer = MoE(MoEConfig(num_experts=E, hidden=F, dispatcher=dispatcher), dim=D, layer=0)
-    layer.place(edp=1, ep=world, rank=rank, group=mesh.group("moe", "ep"))
+    layer.place(edp=1, ep=world, etp=1, rank=rank, group=mesh.group("moe", "ep"))
     with torch.no_grad():
         for n, p in layer.named_parameters():
             p.copy_(full(n, *p.shape, dtype=torch.float32))

@@ -10,7 +10,7 @@ import moetrain.moe  # noqa: F401 (registers the options)
 from moetrain.config import OPTIONS
 from moetrain.moe.attach import attach
 from moetrain.moe.routers.topk import TopK
-from moetrain.moe.types import Balance, Context
+from moetrain.moe.types import Balance, Context, Tokens
 
 B, S, E, K = 3, 6, 5, 2
 LOSSES = [name for name, cls in OPTIONS["balance"].items() if cls.loss is not Balance.loss]  # pyright: ignore
@@ -24,7 +24,7 @@ def routed(logits_BSE):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_equals_plain_loops(name) -> None:
     logits = torch.randn(B, S, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    got = OPTIONS["balance"][name]().loss(routed(logits), num_sequences=B, mask_T=None, group=None)
+    got = OPTIONS["balance"][name]().loss(routed(logits), Tokens(B, torch.arange(S)))
     (grad,) = torch.autograd.grad(got, logits)
     want = getattr(reference, name)(logits, top_k=K)
     (want_grad,) = torch.autograd.grad(want, logits)
@@ -40,7 +40,7 @@ def test_padding_counts_nowhere(name) -> None:
     routing = routed(logits)
     routing = replace(routing, ids_TK=torch.where(mask.flatten()[:, None], routing.ids_TK, -1), ragged=True)
     term = OPTIONS["balance"][name]()
-    got = term.loss(routing, num_sequences=B, mask_T=mask.flatten(), group=None)
+    got = term.loss(routing, Tokens(B, torch.arange(S), mask_T=mask.flatten()))
     if name == "switch":  # one scope: the real tokens of all sequences
         want = reference.switch(logits[mask][None], top_k=K)
     else:
@@ -56,7 +56,7 @@ def test_even_load_costs_the_number_of_tokens() -> None:
     routing = TopK(top_k=1)(logits.flatten(0, 1), torch.zeros(E, dtype=torch.float64), ctx=ctx, layer=0)
     assert routing.load_E.tolist() == [1] * E
     for name in ("switch", "sequence"):
-        loss = OPTIONS["balance"][name]().loss(routing, num_sequences=1, mask_T=None, group=None)
+        loss = OPTIONS["balance"][name]().loss(routing, Tokens(1, torch.arange(S)))
         assert loss.item() == pytest.approx(E)
 
 

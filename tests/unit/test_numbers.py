@@ -180,7 +180,7 @@ def test_documents_do_not_see_each_other() -> None:
         torch.nn.init.normal_(p, std=0.2, generator=generator)
     tokens = torch.randint(64, (1, 8), generator=generator)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    ctx = Context(0, 0, torch.arange(1), torch.arange(8), 1.0, documents_BS=documents)
+    ctx = Context(0, 0, torch.arange(1), torch.arange(8), 1.0, documents_BP=documents)
     other = tokens.clone()
     other[0, :3] = (other[0, :3] + 7) % 64
     torch.testing.assert_close(model(tokens, ctx)[0, 3:], model(other, ctx)[0, 3:], rtol=0, atol=1e-12)

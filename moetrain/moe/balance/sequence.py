@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import config
 from moetrain.moe.balance.switch import shares
-from moetrain.moe.types import Balance, Routing
+from moetrain.moe.types import Balance, Routing, Tokens
 
 
 @config(group="balance", name="sequence")
@@ -16,15 +15,13 @@ class Sequence(Balance):
 
     coef: float = 1e-4
 
-    def loss(
-        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
-    ) -> Tensor:
+    def loss(self, routing: Routing, tokens: Tokens) -> Tensor:
         """() float; equals the number of tokens when load is even within every sequence."""
         E = routing.scores_TE.shape[1]
-        ids_BX = routing.ids_TK.view(num_sequences, -1)
+        ids_BX = routing.ids_TK.view(tokens.num_sequences, -1)
         if routing.ragged:
             ids_BX = torch.where(ids_BX < 0, E, ids_BX)
-        load_BE = ids_BX.new_zeros(num_sequences, E + 1).scatter_add_(1, ids_BX, torch.ones_like(ids_BX))[:, :E]
-        load_BE = comm.all_reduce_(load_BE.contiguous(), group=group)
+        load_BE = ids_BX.new_zeros(tokens.num_sequences, E + 1).scatter_add_(1, ids_BX, torch.ones_like(ids_BX))[:, :E]
+        load_BE = comm.all_reduce_(load_BE.contiguous(), group=tokens.group)
         f_BE = load_BE.to(routing.scores_TE.dtype) / load_BE.sum(1, keepdim=True).clamp_min(1)
-        return E * (shares(routing, mask_T).view(num_sequences, -1, E).sum(1) * f_BE).sum()
+        return E * (shares(routing, tokens.mask_T).view(tokens.num_sequences, -1, E).sum(1) * f_BE).sum()

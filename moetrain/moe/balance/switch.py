@@ -1,11 +1,10 @@
 """Switch Transformer load-balancing loss (arXiv 2101.03961, eq. 4-6), over a micro-batch."""
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import config
-from moetrain.moe.types import Balance, Routing
+from moetrain.moe.types import Balance, Routing, Tokens
 
 
 @config(group="balance", name="switch")
@@ -17,13 +16,11 @@ class Switch(Balance):
 
     coef: float = 0.01
 
-    def loss(
-        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
-    ) -> Tensor:
+    def loss(self, routing: Routing, tokens: Tokens) -> Tensor:
         """() float; equals the number of tokens when load is even."""
-        load_E = comm.all_reduce_(routing.load_E.clone(), group=group)
+        load_E = comm.all_reduce_(routing.load_E.clone(), group=tokens.group)
         f_E = load_E.to(routing.scores_TE.dtype) / load_E.sum().clamp_min(1)
-        return load_E.numel() * (shares(routing, mask_T).sum(0) * f_E).sum()
+        return load_E.numel() * (shares(routing, tokens.mask_T).sum(0) * f_E).sum()
 
 
 def shares(routing: Routing, mask_T: Tensor | None) -> Tensor:

@@ -1,10 +1,9 @@
 """Router z-loss: keep logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moetrain.config import config
-from moetrain.moe.types import Balance, Routing
+from moetrain.moe.types import Balance, Routing, Tokens
 
 
 @config(group="balance", name="z_loss")
@@ -13,9 +12,7 @@ class ZLoss(Balance):
 
     coef: float = 1e-3
 
-    def loss(
-        self, routing: Routing, *, num_sequences: int, mask_T: Tensor | None, group: ProcessGroup | None
-    ) -> Tensor:
+    def loss(self, routing: Routing, tokens: Tokens) -> Tensor:
         """() float."""
         z_T = routing.logits_TE.logsumexp(-1).square()
-        return z_T.sum() if mask_T is None else (z_T * mask_T).sum()
+        return z_T.sum() if tokens.mask_T is None else (z_T * tokens.mask_T).sum()

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.config import UserError, config
 from moetrain.moe.rows import gather, gather_sum
-from moetrain.moe.types import Dispatcher, Routing, Rows
+from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
 
 
 class Scope(Enum):
@@ -28,7 +28,7 @@ class Scope(Enum):
 @dataclass(frozen=True)
 class Ticket:
     token_X: Tensor  # (R*S*C,) token of each buffer row, -1 = empty
-    back_TK: Tensor  # (T, K) buffer row of each assignment, -1 = dropped
+    back_TX: Tensor  # (T, K*J) buffer rows of each token, -1 = dropped
     by_slot: tuple[Tensor, Tensor]  # (M,) arrival row of each slot-sorted row, and its inverse (M, 1)
     group: ProcessGroup | None
 
@@ -49,29 +49,31 @@ class Capacity(Dispatcher):
         x_TD: Tensor,
         routing: Routing,
         *,
-        target_E: Tensor,
+        target_EJ: Tensor,
         num_slots: int,
-        num_sequences: int,
-        mask_T: Tensor | None,
+        tokens: Tokens,
         group: ProcessGroup | None,
     ) -> tuple[Rows, Ticket]:
-        (T, K), E, R = routing.ids_TK.shape, target_E.numel(), comm.size(group)
-        tokens = T // num_sequences
-        rows_per_scope = min(tokens, math.ceil(self.factor * tokens * K / E))
-        C = num_sequences * rows_per_scope
-        place_TK, keep_TK = self._place(routing, num_sequences, tokens, rows_per_scope, mask_T)
+        (T, K), (E, J), R = routing.ids_TK.shape, target_EJ.shape, comm.size(group)
+        S = T // tokens.num_sequences
+        rows_per_scope = min(S, math.ceil(self.factor * S * comm.size(tokens.group) * K / E))
+        C = tokens.num_sequences * rows_per_scope
+        place_TK, keep_TK = self._place(routing, tokens)
 
-        target_TK = target_E[routing.ids_TK.clamp_min(0)]
-        scope_T1 = torch.arange(T, device=x_TD.device)[:, None] // tokens
-        row_TK = target_TK * C + scope_T1 * rows_per_scope + place_TK
+        target_TKJ = target_EJ[routing.ids_TK.clamp_min(0)]
+        scope_T11 = torch.arange(T, device=x_TD.device)[:, None, None] // S
+        row_TKJ = target_TKJ * C + scope_T11 * rows_per_scope + place_TK[:, :, None]
         trash = R * num_slots * C
-        row_N = torch.where(keep_TK, row_TK, trash).flatten()
-        at_X = row_N.new_full((trash + 1,), -1).scatter_(0, row_N, torch.arange(T * K, device=x_TD.device))[:trash]
-        back_TK = torch.where(keep_TK, row_TK, -1)
-        token_X = torch.where(at_X < 0, -1, at_X // K)
+        keep_TK1 = keep_TK[:, :, None]
+        row_N = torch.where(keep_TK1, row_TKJ, trash).flatten()
+        at_X = row_N.new_full((trash + 1,), -1).scatter_(0, row_N, torch.arange(T * K * J, device=x_TD.device))[:trash]
+        back_TKJ = torch.where(keep_TK1, row_TKJ, -1)
+        token_X = torch.where(at_X < 0, -1, at_X // (K * J))
+        choice_X = torch.where(at_X < 0, -1, at_X // J)
 
-        x_XD = gather(x_TD, token_X, back_TK, ragged=True)
-        weights_X = gather(routing.weights_TK.flatten(), at_X, back_TK.view(-1, 1), ragged=True)
+        back_TX = back_TKJ.view(T, K * J)
+        x_XD = gather(x_TD, token_X, back_TX, ragged=True)
+        weights_X = gather(routing.weights_TK.flatten(), choice_X, back_TKJ.view(-1, J), ragged=True)
         x_MD = comm.all_to_all(x_XD, recv=None, send=None, group=group)
         weights_M = comm.all_to_all(weights_X, recv=None, send=None, group=group)
         rows = torch.arange(trash, device=x_TD.device)
@@ -79,29 +81,50 @@ class Capacity(Dispatcher):
         arrive_M1 = rows.view(num_slots, R, C).transpose(0, 1).reshape(-1, 1)
         offsets_S = torch.arange(1, num_slots + 1, device=x_TD.device, dtype=torch.int32) * (R * C)
         weights_M = gather(weights_M, index_M, arrive_M1)
-        kept_E = routing.load_E.new_zeros(E + 1).scatter_add_(
-            0, torch.where(keep_TK, routing.ids_TK, E).flatten(), torch.ones_like(row_N)
-        )[:E]
-        dropped_E = routing.load_E - kept_E
-        rows = Rows(x_MD, index_M, arrive_M1, offsets_S, weights_M, dropped_E=dropped_E)
-        return rows, Ticket(token_X, back_TK, (index_M, arrive_M1), group)
+        ids_N = torch.where(keep_TK, routing.ids_TK, E).flatten()
+        kept_E = routing.load_E.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]
+        rows = Rows(x_MD, index_M, arrive_M1, offsets_S, weights_M, dropped_E=routing.load_E - kept_E)
+        return rows, Ticket(token_X, back_TX, (index_M, arrive_M1), group)
 
     def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
         y_XD = gather_sum(y_MD, *ticket.by_slot)
         y_XD = comm.all_to_all(y_XD, recv=None, send=None, group=ticket.group)
-        return gather_sum(y_XD, ticket.token_X, ticket.back_TK, ragged=True)
+        return gather_sum(y_XD, ticket.token_X, ticket.back_TX, ragged=True)
 
-    def _place(
-        self, routing: Routing, num_sequences: int, tokens: int, rows_per_scope: int, mask_T: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(T, K) each assignment's place in its (sequence, expert) queue, in order of position, and whether it fits."""
-        (T, K), E = routing.ids_TK.shape, routing.scores_TE.shape[1]
+    def _place(self, routing: Routing, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(T, K) each assignment's place among this rank's of its (sequence, expert), and whether it is kept.
+
+        Kept is who comes early enough among all of the sequence's, on whichever rank, in order of position. What a
+        rank keeps is then the first of what it has.
+        """
+        (T, K), E, B = routing.ids_TK.shape, routing.scores_TE.shape[1], tokens.num_sequences
+        S = T // B
         ids_TK = torch.where(routing.ids_TK < 0, E, routing.ids_TK) if routing.ragged else routing.ids_TK
         chosen_TE = ids_TK.new_zeros(T, E + 1, dtype=torch.int32).scatter_(1, ids_TK, 1)
-        queue_TE = chosen_TE.view(num_sequences, tokens, E + 1).cumsum(1, dtype=torch.int32).view(T, E + 1)
+        queue_TE = chosen_TE.view(B, S, E + 1).cumsum(1, dtype=torch.int32).view(T, E + 1)
         place_TK = queue_TE.gather(1, ids_TK).long() - 1
-        capacity: int | Tensor = rows_per_scope
-        if mask_T is not None:
-            real_B = mask_T.view(num_sequences, tokens).sum(1)
-            capacity = torch.ceil(self.factor * real_B.double() * K / E).long().repeat_interleave(tokens)[:, None]
-        return place_TK, (place_TK < capacity) & (ids_TK < E)
+        real_B: int | Tensor = S * comm.size(tokens.group)
+        if tokens.mask_T is not None:
+            real_B = comm.all_reduce_(tokens.mask_T.view(B, S).sum(1), group=tokens.group)
+        in_row_TK = place_TK
+        if tokens.group is not None:
+            in_row_TK = place_TK + _before(chosen_TE, tokens).gather(1, ids_TK)
+        if isinstance(real_B, int):
+            return place_TK, (in_row_TK < math.ceil(self.factor * real_B * K / E)) & (ids_TK < E)
+        capacity_B = torch.ceil(self.factor * real_B.double() * K / E).long()
+        return place_TK, (in_row_TK < capacity_B.repeat_interleave(S)[:, None]) & (ids_TK < E)
+
+
+def _before(chosen_TE: Tensor, tokens: Tokens) -> Tensor:
+    """(T, E) int64: assignments of the same sequence at earlier positions on other ranks. One all-gather of counts."""
+    B, runs, E = tokens.num_sequences, tokens.stretches, chosen_TE.shape[1]
+    run = chosen_TE.shape[0] // (B * runs)
+    load_LBE = chosen_TE.view(B, runs, run, E).sum(2).transpose(0, 1)  # L: the stretches of all ranks
+    start_L = tokens.position_S.view(runs, run)[:, 0]
+    table = torch.cat([start_L[:, None, None].expand(-1, 1, E), load_LBE], 1)
+    table = comm.all_gather(table.contiguous(), group=tokens.group).flatten(0, 1)
+    earlier_LL = table[:, 0, 0][None, :] < start_L[:, None]  # of mine, which others come before
+    mine = torch.arange(runs, device=start_L.device) + comm.rank(tokens.group) * runs
+    earlier_LL[:, mine] = False  # a rank's own are counted in its queue
+    before_LBE = torch.einsum("lm,mbe->lbe", earlier_LL.double(), table[:, 1:].double()).long()
+    return before_LBE.transpose(0, 1).repeat_interleave(run, 1).reshape(-1, E)

@@ -29,7 +29,8 @@ class Replay(TopK):
             )
         ids_BSK = table[f"{ctx.step}.{layer}"].to(logits_TE.device, torch.int64)
         row_B = ctx.sample_B.to(logits_TE.device) - first[ctx.step]
-        ids_TK = ids_BSK[row_B][:, ctx.position_S.to(logits_TE.device)].flatten(0, 1)
+        position_S = ctx.position_S.to(logits_TE.device).clamp_max(ids_BSK.shape[1] - 1)  # later ones are padding
+        ids_TK = ids_BSK[row_B][:, position_S].flatten(0, 1)
         if ids_TK.shape[1] != self.top_k:
             raise UserError(
                 f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}"
