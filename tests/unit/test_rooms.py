@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "moetrain"
 FLOORS = [
     {"config", "logical", "counter"},
-    {"comm", "mesh", "world"},
+    {"comm", "layouts", "mesh", "world"},
     {"kernels", "moe"},
     {"model"},
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
