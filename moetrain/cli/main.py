@@ -6,7 +6,11 @@ import sys
 from moetrain import __version__
 from moetrain.config import UserError, nearest
 
-COMMANDS = {"train": "train a model, or resume it", "data": "tokenize text, inspect a corpus"}
+COMMANDS = {
+    "train": "train a model, or resume it",
+    "data": "tokenize text, inspect a corpus",
+    "layout": "print who sits where in a layout, list the legal ones",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,8 +73,8 @@ def test_the_numbers_do_not_depend_on_the_process() -> None:
 
 
 def test_legal_layouts_are_arithmetic_only() -> None:
-    """10 / 46 / 146 / 460 at 2 / 4 / 8 / 12 ranks."""
-    for world, count in ((2, 10), (4, 46), (8, 146), (12, 460)):
+    """10 / 46 / 146 at 2 / 4 / 8 ranks, by trying all; ``test_layouts.py`` has more."""
+    for world, count in ((2, 10), (4, 46), (8, 146)):
         degrees = [n for n in range(1, world + 1) if world % n == 0]
         legal = 0
         for pp, cp, tp, ep, etp in itertools.product(degrees, repeat=5):
