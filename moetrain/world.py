@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.config import UserError
 from moetrain.mesh import Layout
@@ -69,8 +70,18 @@ def wanted_ranks(layout: Layout, *, device: Device) -> int:
     return max(least, torch.cuda.device_count() // least * least)
 
 
-def join(*, device: Device, communication: Communication, timeout: float, threads: int | None) -> World:
-    """Read the launcher's variables, pick the device, join the process group. ``leave`` undoes it."""
+def join(
+    *,
+    device: Device,
+    communication: Communication,
+    timeout: float,
+    threads: int | None,
+    store: Store | None = None,
+) -> World:
+    """Read the launcher's variables, pick the device, join the process group. ``leave`` undoes it.
+
+    ``store``: where the ranks meet, if not at the launcher's address.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -87,12 +98,22 @@ def join(*, device: Device, communication: Communication, timeout: float, thread
     if backend == "gloo":
         if local_size == size:  # all on this machine: the host name need not resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit, store=store)
         return World(rank, size, local_rank, local_size, where, backend, dist.group.WORLD)
-    dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=limit, device_id=where)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=limit, device_id=where, store=store
+    )
     host_group = dist.new_group(backend="gloo", timeout=limit)
     assert isinstance(host_group, ProcessGroup)
     return World(rank, size, local_rank, local_size, where, backend, host_group)
+
+
+def die_with(parent: int) -> None:
+    """End when process ``parent`` does, however it ends: a rank left alone would write into the next one's files."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def keep_freed_memory() -> None:

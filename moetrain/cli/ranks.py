@@ -1,9 +1,7 @@
 """Ranks: starting the local ones under torch's elastic agent, and being one."""
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config, check, preflight
 from moetrain.run import FailedError, run
-from moetrain.world import join, leave
+from moetrain.world import die_with, join, leave
 
 
 def be_rank(cfg: Config, *, checked: bool) -> int:
@@ -67,14 +65,6 @@ def start_ranks(folder: Path, *, ranks: int) -> int:
     return 0
 
 
-def _die_with_parent() -> None:
-    """A killed launcher takes its ranks along: a rank that trained on alone would write into the next life's run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if str(os.getppid()) != os.environ.get("MOETRAIN_PARENT"):
-            os._exit(1)
-
-
 if __name__ == "__main__":
-    _die_with_parent()
+    die_with(int(os.environ["MOETRAIN_PARENT"]))  # a killed launcher takes its ranks along
     raise SystemExit(be_rank(configs.read(Path(sys.argv[1]), Config), checked=True))
