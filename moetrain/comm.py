@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 # torch 2.13 names them *_single and warns about the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _AllToAll(torch.autograd.Function):
@@ -79,7 +79,7 @@ def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 def _scattered_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     x = x.movedim(dim, 0).contiguous()
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    _reduce_scatter(out, x, group=group)
+    reduce_scatter(out, x, group=group)
     return out.movedim(0, dim)
 
 

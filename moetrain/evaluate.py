@@ -41,7 +41,7 @@ def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, part: Part, *
         )  # fmt: skip
         logits_BSV = model(to_device(part.take(batch.tokens_BS, fill=0), mesh.device), ctx)
         targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), mesh.device)
-        total += token_losses(logits_BSV, targets_BS, group=model.group, first_row=model.first_row)
+        total += token_losses(logits_BSV, targets_BS, rows=model.predicts)
     total *= mesh.index("dense", "tp") == 0  # tp ranks know the loss of the same targets
     comm.all_reduce_(total, group=mesh.group("dense", "dp", "cp", "tp"))
     return _score(total.item(), held_out)

@@ -118,7 +118,7 @@ def batch_at(cfg: TrainConfig, consumed: int) -> int:
 
 def check(cfg: Config, *, world: int) -> Layout:
     """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
-    layout = cfg.layout.solve(world)
+    layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
     parallelism.check(layout, cfg.model, context=cfg.context)
     t, ramp = cfg.train, cfg.train.ramp
     step = layout.dp * t.micro_batch

@@ -111,8 +111,8 @@ class Optimizer:
 def grad_norm(grads: list[Tensor], *, group: ProcessGroup | None, like: Tensor) -> Tensor:
     """() global norm of gradients whose every element lies on exactly one rank of ``group``. One all-reduce."""
     squares = torch.zeros((), dtype=torch.float64, device=like.device)
-    norms = torch._foreach_norm([g for g in grads if g.numel()])  # pyright: ignore[reportPrivateImportUsage]
-    if norms:
+    if mine := [g for g in grads if g.numel()]:
+        norms = torch._foreach_norm(mine)  # pyright: ignore[reportPrivateImportUsage]
         squares += torch.stack([n.double() for n in norms]).square().sum()
     return comm.all_reduce_(squares, group=group).sqrt()
 

@@ -114,7 +114,7 @@ class Trainer:
         )  # fmt: skip
         logits_BSV = self.model(to_device(self.part.take(batch.tokens_BS, fill=0), device), ctx)
         targets_BS = to_device(self.part.take(batch.targets_BS, fill=IGNORED), device)
-        loss = token_losses(logits_BSV, targets_BS, group=self.model.group, first_row=self.model.first_row) / targets
+        loss = token_losses(logits_BSV, targets_BS, rows=self.model.predicts) / targets
         with fixed_order(device, on=t.deterministic):
             loss.backward()
         # tp ranks all know the loss of the same targets: one of them has it in its share

@@ -126,29 +126,72 @@ class Block(nn.Module):
         return x_BSD + y_BSD, carry
 
 
+class Vocabulary(nn.Module):
+    """A vector for each token id, to look up or to compare with. In a ``group``, each rank has a run of the rows.
+
+    Rows past ``size`` pad memory: they are never looked up, predicted, trained or saved.
+    """
+
+    group: ProcessGroup | None = None
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.size = cfg.vocab_size
+        self.weight = nn.Parameter(torch.empty(cfg.padded_vocab(), cfg.dim))
+
+    @property
+    def first_row(self) -> int:
+        """The token id of this rank's first row."""
+        return comm.rank(self.group) * self.weight.shape[0]
+
+
+class Embedding(Vocabulary):
+    def forward(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
+        if self.group is None:
+            return F.embedding(tokens_BS, self.weight).to(dtype)
+        row_BS = tokens_BS - self.first_row
+        here_BS = (row_BS >= 0) & (row_BS < self.weight.shape[0])
+        x_BSD = F.embedding(torch.where(here_BS, row_BS, 0), self.weight).to(dtype)
+        return comm.scatter_sum(torch.where(here_BS[..., None], x_BSD, 0), dim=1, group=self.group)
+
+
+class Head(Vocabulary):
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, V); in a group, S is gathered and V is this rank's slice."""
+        return score(x_BSD, self)
+
+
+def score(x_BSD: Tensor, rows: Vocabulary) -> Tensor:
+    """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad."""
+    real = max(0, min(rows.weight.shape[0], rows.size - rows.first_row))
+    x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
+    logits_BSV = F.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
+    return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+
+
 class Transformer(nn.Module):
-    group: ProcessGroup | None = None  # the ranks that a row of the vocabulary and a stretch of the sequence lie on
     ulysses: bool = False
 
     def __init__(self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         """``dtype`` is what it computes in; weights keep the dtype they are given."""
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
-        rows = cfg.padded_vocab()
-        self.embedding = nn.Parameter(torch.empty(rows, cfg.dim))
+        self.embedding = Embedding(cfg)
         self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in range(cfg.num_layers)})
         self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else nn.Parameter(torch.empty(rows, cfg.dim))
+        self.head = None if cfg.tie_embeddings else Head(cfg)
         self.rope = Rope(cfg.rope, head_dim=cfg.width_of_heads)
 
     def forward(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
-        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary, padding rows not among them."""
-        x_BSD = self.embed(tokens_BS)
+        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary; S before sequence parallelism."""
+        x_BSD = self.embedding(tokens_BS, self.dtype)
         shared = self.shared(ctx, tokens_BS)
         carry: Carry = {}
         for block in self.blocks.values():
             x_BSD, carry = block(x_BSD, carry, ctx, shared)
-        return self.logits(x_BSD)
+        x_BSD = self.norm(x_BSD)
+        return score(x_BSD, self.embedding) if self.head is None else self.head(x_BSD)
 
     def shared(self, ctx: Context, tokens_BS: Tensor) -> Shared:
         """The rotary tables and the attention plan of a micro-batch."""
@@ -159,39 +202,21 @@ class Transformer(nn.Module):
         visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
         return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
-        """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
-        if self.group is None:
-            return F.embedding(tokens_BS, self.embedding).to(self.dtype)
-        row_BS = tokens_BS - self.first_row
-        here_BS = (row_BS >= 0) & (row_BS < self.embedding.shape[0])
-        x_BSD = F.embedding(torch.where(here_BS, row_BS, 0), self.embedding).to(self.dtype)
-        return comm.scatter_sum(torch.where(here_BS[..., None], x_BSD, 0), dim=1, group=self.group)
-
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, V); in a group, S is gathered and V is this rank's slice."""
-        weight = self.embedding if self.head is None else self.head
-        real = max(0, min(weight.shape[0], self.cfg.vocab_size - self.first_row))
-        h_BSD = comm.gather(self.norm(x_BSD), dim=1, group=self.group)
-        logits_BSV = F.linear(h_BSD, weight[: max(real, 1)].to(h_BSD.dtype))
-        return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
-
     @property
-    def first_row(self) -> int:
-        """The token id of this rank's first row of the vocabulary."""
-        return comm.rank(self.group) * self.embedding.shape[0]
+    def predicts(self) -> Vocabulary:
+        """Whose rows the logits are of."""
+        return self.embedding if self.head is None else self.head
 
     def moe_layers(self) -> list[MoE]:
         return [block.moe for block in self.blocks.values() if block.moe is not None]  # pyright: ignore
 
 
-def token_losses(
-    logits_BSV: Tensor, targets_BS: Tensor, *, group: ProcessGroup | None = None, first_row: int = 0
-) -> Tensor:
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor, *, rows: Vocabulary | None = None) -> Tensor:
     """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it.
 
-    In a ``group``, V is this rank's slice of the vocabulary from id ``first_row`` on; every rank returns the whole sum.
+    ``rows`` says which slice of the vocabulary V is; every rank of its group returns the whole sum. None: V is all.
     """
+    group, first_row = (None, 0) if rows is None else (rows.group, rows.first_row)
     logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     if group is not None or (logits_TV.device.type == "cpu" and logits_TV.dtype != wide):

@@ -13,22 +13,28 @@ from dataclasses import dataclass, replace
 import torch
 
 from moetrain.config import UserError
-from moetrain.mesh import Layout, Mesh
+from moetrain.layouts import Layout, ModelShape, broken_rule
+from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.parallel import context, data, expert, plan, tensor
-from moetrain.parallel.context import ContextConfig
+from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
+
+
+def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
+    """The numbers of a model that a layout has to divide."""
+    return ModelShape(
+        num_layers=cfg.num_layers, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads,
+        num_experts=cfg.moe.num_experts if cfg.moe_layers else 0, ulysses=context.method is Method.ulysses,
+    )  # fmt: skip
 
 
 def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig) -> None:
     """Raise ``UserError`` for what a solved layout cannot do with this model, before any rank starts."""
     if layout.pp > 1:
         raise UserError(f"layout.pp={layout.pp}: pipeline parallelism is not built yet; use layout.pp=1")
-    if cfg.moe_layers and cfg.moe.num_experts % layout.ep:
-        fits = [n for n in range(1, cfg.moe.num_experts + 1) if cfg.moe.num_experts % n == 0]
-        raise UserError(
-            f"layout.ep={layout.ep} does not divide model.moe.num_experts={cfg.moe.num_experts}: use one of {fits}"
-        )
+    if rule := broken_rule(layout, shape(cfg, context)):
+        raise UserError(rule)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from enum import Enum
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import Shard
 
+from moetrain import comm
 from moetrain.config import UserError, config
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
@@ -49,15 +51,30 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
                 shard_placement_fn=_expert_dim(experts.size(-1)),
             )  # fmt: skip
     if dense is not None:
-        for unit in (*model.blocks.values(), model):
+        ends = [model.embedding, model.head] if model.head is not None else []  # a tied one, used at both: the root's
+        for unit in (*ends, *model.blocks.values(), model):
             fully_shard(
                 unit, mesh=dense, mp_policy=policy, ignored_params=unsharded,
-                reshard_after_forward=sharding.dense == 3 and unit is not model,
+                reshard_after_forward=sharding.dense == 3 and unit not in (model, model.head),
             )  # fmt: skip
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, and the loss is divided already
+            if mesh.device.type == "cpu":  # nothing overlaps here: hold no more than what is being computed
+                module.set_modules_to_backward_prefetch([module])
+                module.set_custom_reduce_scatter(_ReduceScatter())
+
+
+class _ReduceScatter(ReduceScatter):
+    """FSDP2 keeps a unit's reduce-scatter input until the next unit's backward; gloo is done with it at once."""
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
+        comm.reduce_scatter(output_tensor, input_tensor, group=group, op=op)  # pyright: ignore[reportArgumentType]
+        input_tensor.untyped_storage().resize_(0)
 
 
 def summed(name: str, mesh: Mesh) -> dict[str, str | int]:

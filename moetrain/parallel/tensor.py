@@ -19,7 +19,7 @@ from torch import nn
 from moetrain.mesh import Mesh
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import SwiGLU
-from moetrain.model.transformer import ModelConfig, Transformer
+from moetrain.model.transformer import ModelConfig, Transformer, Vocabulary
 from moetrain.parallel.plan import Held, Plan
 
 
@@ -36,7 +36,7 @@ _WHOLE = _Rule(None)
 _ROWS = _Rule(0, size=lambda cfg: cfg.vocab_size)
 _HEADS = _Rule(0, unit=lambda cfg: cfg.width_of_heads)
 _RULES: tuple[tuple[str, _Rule], ...] = (
-    (r"embedding|head", _ROWS),
+    (r"(embedding|head)\.weight", _ROWS),
     (r"blocks\.\d+\.attention\.[qkv]\.(weight|bias)", _HEADS),
     (r"blocks\.\d+\.attention\.out\.weight", _Rule(1, unit=lambda cfg: cfg.width_of_heads)),
     (r"blocks\.\d+\.(shared\.)?ffn\.(gate|up)\.weight", _Rule(0)),
@@ -77,7 +77,7 @@ def place(model: Transformer, mesh: Mesh) -> Plan:
         else:
             plan[name] = Held(tuple(shape), rule.dim, start)
     for module in model.modules():
-        if isinstance(module, Transformer | SwiGLU | Attention):
+        if isinstance(module, Vocabulary | SwiGLU | Attention):
             module.group = group
         if isinstance(module, Attention) and module.qk_norm is QKNorm.full:
             module.q_norm.group = module.k_norm.group = group
@@ -92,7 +92,7 @@ def _rule(name: str, cfg: ModelConfig) -> _Rule | None:
 
 def _slice(size: int, parts: int, unit: int, *, name: str, cfg: ModelConfig) -> int:
     """Length of one of ``parts`` equal slices, padded where they do not divide ``size``."""
-    if name in ("embedding", "head"):
+    if name in ("embedding.weight", "head.weight"):
         return cfg.padded_vocab(parts) // parts
     units = size // unit
     return -(-units // parts) * unit

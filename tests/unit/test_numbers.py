@@ -166,7 +166,7 @@ def test_ties_go_to_the_lower_expert_id() -> None:
 def test_the_vocabulary_is_padded_in_memory_only() -> None:
     cfg = ModelConfig(vocab_size=100, dim=32, num_layers=1, num_heads=2, num_kv_heads=2, moe=MoEConfig(hidden=16))
     model = Transformer(cfg)
-    assert model.embedding.shape == (128, 32)
+    assert model.embedding.weight.shape == (128, 32)
     boxes = {n: Logical(tuple(p.shape), p.dtype, (Chunk((0,) * p.dim(), p.data),)) for n, p in model.named_parameters()}
     initialize(boxes, cfg, seed=0)
     ctx = Context(step=0, micro_batch=0, sample_B=torch.arange(1), position_S=torch.arange(4), routed_tokens=1.0)
