@@ -11,7 +11,7 @@ Letters: G parts of a parameter (its experts, else one), R rows of a part, C col
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,21 +69,28 @@ class Report:
         return max((row.worst for row in self.rows if row.quantity == "gradients"), default=math.inf)
 
 
-def compare(other: Path, reference: Path, *, tolerance: float | None = None, replayed: bool = False) -> Report:
-    """``replayed``: ``other`` ran on choices of the reference (choices.py). ``tolerance``: by dtype unless given."""
+def compare(other: Path, reference: Path, *, tolerance: float | None = None, free: Choices | None = None) -> Report:
+    """``free``: what was found before ``other`` ran again on the reference's choices (choices.py); None: it did not.
+
+    ``tolerance``: by dtype unless given.
+    """
     a, b = Outcome(other), Outcome(reference)
     limit = TOLERANCE[b.meta["dtype"]] if tolerance is None else tolerance
-    chosen = choices.compare(a, b, replayed=replayed)
-    rows = [_choices_row(chosen)]
+    chosen = choices.compare(a, b, replayed=free is not None)
+    if free is not None:
+        chosen = replace(
+            chosen, near_ties=max(free.near_ties, chosen.near_ties), widest=max(free.widest, chosen.widest)
+        )
+    table = [_choices_row(chosen, replayed=free is not None)]
     if b.layers and chosen.wrong is None:
-        rows.append(_scores(a, b, limit))
-    rows += [*numbers(a, b, limit), *loads(a, b)]
+        table.append(_scores(a, b, limit))
+    table += [*numbers(a, b, limit), *loads(a, b)]
     if lacking := unmatched(a, b):
-        rows.append(Row("tensors", len(b.index), math.inf, lacking, False))
+        table.append(Row("tensors", len(b.index), math.inf, lacking, False))
     gradients = Errors("gradients", [measure(pair) for pair in pairs(a, b, "grad.")])
     weights = Errors("next weights", _next_weights(a, b, limit))
-    rows += [gradients.row(limit), weights.row(limit), *buffers(a, b, limit)]
-    return Report(tuple(rows), chosen, tuple(gradients.differences(limit, a.meta["summed_over"])))
+    table += [gradients.row(limit), weights.row(limit), *buffers(a, b, limit)]
+    return Report(tuple(table), chosen, tuple(gradients.differences(limit, a.meta["summed_over"])))
 
 
 def unmatched(a: Outcome, b: Outcome) -> str:
@@ -97,8 +104,8 @@ def _odd(a: Outcome, b: Outcome, name: str) -> bool:
     return name in a.index and a.index[name][0] != b.index[name][0]
 
 
-def _choices_row(chosen: Choices) -> Row:
-    ties = f"{chosen.near_ties} near-tie{'s' * (chosen.near_ties != 1)}, the widest {chosen.widest:.1e}"
+def _choices_row(chosen: Choices, *, replayed: bool) -> Row:
+    ties = f"{chosen.near_ties} near-tie{'s' * (chosen.near_ties != 1)}, {'' if replayed else 'not '}replayed"
     if chosen.wrong is None:
         return Row("choices", chosen.tokens, chosen.widest, ties if chosen.near_ties else "", True)
     return Row("choices", chosen.tokens, chosen.gap, f"{chosen.wrong}: a gap of {chosen.gap:.1e}", False)

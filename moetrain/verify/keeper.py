@@ -1,7 +1,7 @@
 """The process that keeps local ranks: imports torch once, forks them, hands them jobs, forks new ones after a failure.
 
-A line on stdin is a job, a line on stdout its end. Read ``Keeper.run`` first. Ranks die with this process and it with
-the one that started it, however that ends.
+A line on stdin is the seconds that a job may take and the job; a line on stdout is its end. Read ``Keeper.run`` first.
+Ranks die with this process and it with the one that started it, however that ends.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ _PRELOAD = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor
 _GRACE = (
     0.5  # seconds: one rank's error makes the others' connections fail, and the first to speak may not be the cause
 )
+_LONG = 86400.0  # seconds of a collective: who waits too long is decided here, for the job as a whole
 _CONNECTION = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|connectFullMesh")
 
 
@@ -48,20 +49,19 @@ class _Life:
 
 
 class Keeper:
-    def __init__(self, size: int, *, timeout: float, folder: Path) -> None:
-        self.size, self.timeout, self.folder = size, timeout, folder
+    def __init__(self, size: int, *, folder: Path) -> None:
+        self.size, self.folder = size, folder
         self.life: _Life | None = None
         self.lives = 0
 
-    def run(self, text: str) -> str | None:
+    def run(self, text: str, *, timeout: float) -> str | None:
         """Hand the job to every rank and wait for all of them; what went wrong, in a line."""
         job = json.loads(text)
-        deadline = time.monotonic() + self.timeout
         if self.life is not None and self.life.fault != job["fault"]:
             self.end()
         if self.life is None:
             self.life = self._fork(job["fault"])
-        error = self._wait(self.life, text, deadline)
+        error = self._wait(self.life, text, timeout)
         if error is not None:
             self.end()
         return error
@@ -79,7 +79,8 @@ class Keeper:
                 os.close(fd)
             self.life = None
 
-    def _wait(self, life: _Life, text: str, deadline: float) -> str | None:
+    def _wait(self, life: _Life, text: str, timeout: float) -> str | None:
+        deadline = time.monotonic() + timeout
         for fd in life.jobs:
             with contextlib.suppress(BrokenPipeError):  # a rank that is dead is found below
                 _write(fd, text)
@@ -107,7 +108,7 @@ class Keeper:
             where = {rank: _stack(life, rank) for rank in sorted(waiting)}
             places = ", ".join(dict.fromkeys(where.values()))
             names = ", ".join(map(str, where))
-            return f"not done after {self.timeout:g} s: rank{'s' * (len(where) > 1)} {names} in {places}"
+            return f"not done after {timeout:g} s: rank{'s' * (len(where) > 1)} {names} in {places}"
         return None
 
     def _fork(self, fault: str | None) -> _Life:
@@ -127,7 +128,7 @@ class Keeper:
                     die_with(keeper)
                     for fd in (*life.jobs, jobs, reports):
                         os.close(fd)
-                    _be_rank(rank, self.size, jobs=read, reports=write, folder=folder, timeout=self.timeout)
+                    _be_rank(rank, self.size, jobs=read, reports=write, folder=folder)
                 finally:
                     os._exit(0)  # never up the keeper's stack, which would end the other ranks
             os.close(read)
@@ -137,7 +138,7 @@ class Keeper:
         return life
 
 
-def _be_rank(rank: int, size: int, *, jobs: int, reports: int, folder: Path, timeout: float) -> None:
+def _be_rank(rank: int, size: int, *, jobs: int, reports: int, folder: Path) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -153,9 +154,7 @@ def _be_rank(rank: int, size: int, *, jobs: int, reports: int, folder: Path, tim
             if world is None:
                 t = job.cfg.train
                 store = FileStore(str(folder / "store"), size)
-                world = join(
-                    device=t.device, communication=t.communication, timeout=2 * timeout, threads=1, store=store
-                )
+                world = join(device=t.device, communication=t.communication, timeout=_LONG, threads=1, store=store)
             mesh = perform(job, world, mesh)
         except BaseException as e:
             traceback.print_exc()
@@ -218,15 +217,16 @@ def _write(fd: int, line: str) -> None:
 
 
 def main() -> int:
-    size, timeout, folder, parent = sys.argv[1:]
+    size, folder, parent = sys.argv[1:]
     die_with(int(parent))
     torch.set_num_threads(1)  # a fork of a process that has used several would hang in its first parallel loop
     for name in _PRELOAD:
         importlib.import_module(name)
-    keeper = Keeper(int(size), timeout=float(timeout), folder=Path(folder))
+    keeper = Keeper(int(size), folder=Path(folder))
     try:
         for line in sys.stdin:
-            print(json.dumps({"error": keeper.run(line)}), flush=True)
+            timeout, _, job = line.partition(" ")
+            print(json.dumps({"error": keeper.run(job, timeout=float(timeout))}), flush=True)
     finally:
         keeper.end()
     return 0

@@ -101,7 +101,7 @@ class LocalRanks(Ranks):
         assert keeper.stdin is not None
         assert keeper.stdout is not None
         try:
-            keeper.stdin.write(job.encode() + "\n")
+            keeper.stdin.write(f"{self.timeout} {job.encode()}\n")
             keeper.stdin.flush()
             answer = keeper.stdout.readline()
         except BrokenPipeError:
@@ -127,7 +127,7 @@ class LocalRanks(Ranks):
     def _start(self) -> subprocess.Popen[str]:
         if self._keeper is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            words = [str(self.size), str(self.timeout), str(self.folder), str(os.getpid())]
+            words = [str(self.size), str(self.folder), str(os.getpid())]
             env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             with open(self.folder / "keeper.log", "a") as log:
                 self._keeper = subprocess.Popen(

@@ -49,8 +49,8 @@ def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = 
     """Run the reference of a case; raises ``FailedError``, or ``UserError`` where the model refuses its layout."""
     alone = layout.world == 1
     ranks.lead(lambda: _clear(folder))
-    check(replace(cfg, layout=layout), world=layout.world)
     cfg = replace(prepared(cfg), layout=layout)
+    check(cfg, world=layout.world)
     rounded = None
     if cfg.train.dtype is DType.bfloat16:
         exact = replace(cfg, train=replace(cfg.train, dtype=DType.float64))
@@ -86,7 +86,8 @@ def verify(layout: Layout, reference: Reference, ranks: Ranks, folder: Path, *, 
         folder = folder / "replayed"
         if error := ranks.run(Job(choices.replay(cfg, reference.choices), folder, fault=fault)):
             return Verdict(layout, "failed", error=error)
-    return _judged(layout, ranks.lead(lambda: compare(folder, reference.folder, replayed=replayed)))
+    before = free if replayed else None
+    return _judged(layout, ranks.lead(lambda: compare(folder, reference.folder, free=before)))
 
 
 def _judged(layout: Layout, report: Report) -> Verdict:
