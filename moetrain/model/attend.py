@@ -47,12 +47,17 @@ class Visible:
         assert len({end - start for start, end in pieces}) == 1, pieces
         assert pieces[-1][1] <= length, (pieces, length)
         if documents_BP is None:
-            one = pieces == ((0, length),) and length <= _UNBLOCKED
-            return cls(pieces, length, split(pieces, None, size=length) if one else split(pieces, None), None, ())
+            at_once = pieces == ((0, length),) and length <= _UNBLOCKED
+            return cls(pieces, length, split(pieces, None, size=length) if at_once else split(pieces, None), None, ())
         start_BP = document_starts(documents_BP)
         start_BS = torch.cat([start_BP[:, start:end] for start, end in pieces], dim=1)
         packed = tuple(_pack(start_BP, piece, device) for piece in pieces) if device.type == "cuda" else ()
         return cls(pieces, length, split(pieces, start_BS), to_device(start_BS, device), packed)
+
+    @property
+    def whole(self) -> bool:
+        """One piece that is the row."""
+        return self.pieces == ((0, self.length),)
 
     def pairs(self) -> int:
         """Causal (query, key) pairs of a sequence without documents: what context parallelism has to balance."""
@@ -68,18 +73,18 @@ def document_starts(documents_BP: Tensor) -> Tensor:
 def attend(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
     """q (B, H, S, d), k and v (B, G, P, d) -> (B, H, S, d): softmax(q k^T / sqrt(d)) v over the keys each query sees.
     Key head g serves query heads g H / G to (g + 1) H / G - 1 (arXiv 2305.13245)."""
-    grouped, d = q_BHSd.shape[1] != k_BGPd.shape[1], q_BHSd.shape[-1]
-    cuda, narrow = q_BHSd.device.type == "cuda", q_BHSd.dtype in _FLASH
-    documents, whole = visible.start_BS is not None, visible.pieces == ((0, visible.length),)
-    if whole and not documents and (cuda or q_BHSd.dtype is not torch.bfloat16):
-        return F.scaled_dot_product_attention(q_BHSd, k_BGPd, v_BGPd, is_causal=True, enable_gqa=grouped)
-    if cuda and narrow and not documents:
+    on_gpu, dtype, documents = q_BHSd.device.type == "cuda", q_BHSd.dtype, visible.start_BS is not None
+    if visible.whole and not documents:
+        if on_gpu or dtype is not torch.bfloat16:
+            grouped = q_BHSd.shape[1] != k_BGPd.shape[1]
+            return F.scaled_dot_product_attention(q_BHSd, k_BGPd, v_BGPd, is_causal=True, enable_gqa=grouped)
+        # torch's backward in bf16 on a CPU takes twice the time of the blocks' plain matmuls
+        return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, None, visible.blocks, True)  # pyright: ignore
+    if on_gpu and dtype in _FLASH and not documents:
         return _by_piece(q_BHSd, k_BGPd, v_BGPd, visible)
-    if cuda and narrow and d % 8 == 0 and d <= 256:  # what the kernel takes
+    if on_gpu and dtype in _FLASH and q_BHSd.shape[-1] in range(8, 257, 8):  # what the kernel takes
         return _by_document(q_BHSd, k_BGPd, v_BGPd, visible)
-    # bf16 on a CPU: torch's forward, and a backward of plain matmuls, which take half the time of its own
-    fused = whole and not documents
-    return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, visible.start_BS, visible.blocks, fused)  # pyright: ignore
+    return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, visible.start_BS, visible.blocks, False)  # pyright: ignore
 
 
 def _by_piece(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:

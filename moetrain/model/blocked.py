@@ -1,9 +1,10 @@
 """Exact attention by blocks of queries, in plain torch operations: any device and dtype, memory linear in the length.
 
-B rows, H query heads in G groups of R = H / G, a key head each, d wide; S queries of this rank, P keys of a whole row;
-r queries and n keys of a block, C (row, key head) pairs of it at once.
+B rows, H query heads in G groups of R = H / G that share a key head, d wide; S queries of this rank, P keys of a whole
+row; r queries and n keys of a block, C (row, key head) pairs of it at once, Q = R * r queries of each.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,25 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES = 256  # of a block
-_SCORES = {"cpu": 2**19}  # made at once: what stays in a core's cache
-_SCORES_ELSEWHERE = 2**26
+_QUERIES = 128  # of a block: more compute scores that nobody sees, fewer make small matmuls
+_SCORES = {"cpu": 2**19}  # made at once, by device: what a core's cache holds
+_MANY_SCORES = 2**26  # what fills a GPU
 
 
 class Block(NamedTuple):
-    """Queries computed together, and all the keys that one of them sees; half-open ranges."""
+    """Queries computed together, and all the keys that any of them sees; half-open ranges."""
 
     row: int | None  # None: every row
     queries: tuple[int, int]  # of this rank's S
-    keys: tuple[int, int]  # positions; the last is the last query's own
+    keys: tuple[int, int]  # positions; the last one is the last query's own
 
     @property
     def scores(self) -> int:
-        """(query, key) pairs that a head of a row computes."""
+        """How many a head computes in a row."""
         return (self.queries[1] - self.queries[0]) * (self.keys[1] - self.keys[0])
 
 
-def split(pieces: Sequence[tuple[int, int]], start_BS: Tensor | None, *, size: int = QUERIES) -> tuple[Block, ...]:
+def split(pieces: Sequence[tuple[int, int]], start_BS: Tensor | None, *, size: int = _QUERIES) -> tuple[Block, ...]:
     """Pieces of queries -> blocks of at most ``size``. With ``start_BS``, where each query's document begins (int64, on
     the host), every row has blocks of its own, since its keys begin elsewhere."""
     blocks, base = [], 0
@@ -47,7 +48,7 @@ def split(pieces: Sequence[tuple[int, int]], start_BS: Tensor | None, *, size: i
 
 class Blocked(torch.autograd.Function):
     """Attention over ``blocks``. A block sees its keys all at once, so that its softmax merges with no other's, and the
-    backward makes it again (FlashAttention, arXiv 2205.14135, section 3.1): only q, k and v are saved. Scores and
+    backward makes it again (FlashAttention, arXiv 2205.14135, section 3.1): only q, k and v are saved. Scores and their
     softmax are float32 or wider. ``fused``: the forward is torch's own, of whole rows without documents."""
 
     @staticmethod
@@ -65,56 +66,59 @@ class Blocked(torch.autograd.Function):
         (B, H, S, d), G = q_BHSd.shape, k_BGPd.shape[1]
         if fused:
             return F.scaled_dot_product_attention(q_BHSd, k_BGPd, v_BGPd, is_causal=True, enable_gqa=G != H)
-        y_BHSd = q_BHSd.new_empty(B, S, H, d).transpose(1, 2)  # as the output projection reads it
+        y_BHSd = q_BHSd.new_empty(B, S, H, d).transpose(1, 2)  # laid out as the output projection reads it
         y_BGRSd = y_BHSd.unflatten(1, (G, -1))
         for at in _softmaxes(q_BHSd, k_BGPd, start_BS, blocks):
-            y_CQd = at.p_CQn @ v_BGPd[at.keys].flatten(0, 1)
-            y_BGRSd[at.queries] = y_CQd.view(y_BGRSd[at.queries].shape)
+            to_y = y_BGRSd[at.queries]
+            to_y.copy_((at.p_CQn @ v_BGPd[at.keys].flatten(0, 1)).view(to_y.shape))
         return y_BHSd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_BHSd: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BHSd, k_BGPd, v_BGPd = ctx.saved_tensors
-        dtype, scale, G = q_BHSd.dtype, q_BHSd.shape[-1] ** -0.5, k_BGPd.shape[1]
-        wide = torch.promote_types(dtype, torch.float32)  # keys gather from many blocks
+        q_BHSd, k_BGPd, v_BGPd, g_BHSd = (t.contiguous() for t in (*ctx.saved_tensors, g_BHSd))
+        dtype, scale, (_, G, P, _) = q_BHSd.dtype, q_BHSd.shape[-1] ** -0.5, k_BGPd.shape
+        once = len(ctx.blocks) == 1 and ctx.blocks[0].keys == (0, P)  # else what several blocks give a key is added up
+        wide = dtype if once else torch.promote_types(dtype, torch.float32)
         d_q, d_k, d_v = torch.empty_like(q_BHSd), *(torch.zeros_like(t, dtype=wide) for t in (k_BGPd, v_BGPd))
-        d_q_BGRSd, g_BGRSd = d_q.unflatten(1, (G, -1)), g_BHSd.unflatten(1, (G, -1))
+        put = Tensor.copy_ if once else Tensor.add_
+        g_BGRSd, d_q_BGRSd = (t.unflatten(1, (G, -1)) for t in (g_BHSd, d_q))
         for at in _softmaxes(q_BHSd, k_BGPd, ctx.start_BS, ctx.blocks):
             g_CQd, v_Cnd = g_BGRSd[at.queries].flatten(0, 1).flatten(1, 2), v_BGPd[at.keys].flatten(0, 1)
-            shape_BGnd = d_k[at.keys].shape
-            d_v[at.keys] += (at.p_CQn.transpose(1, 2) @ g_CQd).view(shape_BGnd)
+            to_q, to_k, to_v = d_q_BGRSd[at.queries], d_k[at.keys], d_v[at.keys]
+            put(to_v, (at.p_CQn.transpose(1, 2) @ g_CQd).view(to_v.shape))
             d_scores = torch.ops.aten._softmax_backward_data(g_CQd @ v_Cnd.transpose(1, 2), at.p_CQn, -1, dtype)
-            d_q_BGRSd[at.queries] = (d_scores @ at.k_Cnd).view(d_q_BGRSd[at.queries].shape)
-            d_k[at.keys] += (d_scores.transpose(1, 2) @ at.q_CQd).view(shape_BGnd)
+            to_q.copy_((d_scores @ at.k_Cnd).view(to_q.shape))
+            put(to_k, (d_scores.transpose(1, 2) @ at.q_CQd).view(to_k.shape))
         return d_q.mul_(scale), d_k.mul_(scale).to(dtype), d_v.to(dtype), None, None, None
 
 
 class _Softmax(NamedTuple):
+    """Of some rows and key heads of a block."""
+
     queries: tuple[slice, ...]  # into (B, G, R, S)
     keys: tuple[slice, ...]  # into (B, G, P)
-    q_CQd: Tensor  # Q = R * r: the queries that share a key head
+    q_CQd: Tensor
     k_Cnd: Tensor
     p_CQn: Tensor  # in q's dtype
 
 
 def _softmaxes(q_BHSd: Tensor, k_BGPd: Tensor, start_BS: Tensor | None, blocks: Sequence[Block]) -> Iterator[_Softmax]:
-    """A block at a time, and of its rows and key heads as many as keep the scores small."""
+    """Block by block, and of a block as many rows and key heads at a time as keep the scores few."""
     (B, H, _, d), G, dtype = q_BHSd.shape, k_BGPd.shape[1], q_BHSd.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q_BGRSd = q_BHSd.unflatten(1, (G, -1))
-    limit = _SCORES.get(q_BHSd.device.type, _SCORES_ELSEWHERE)
     for block in blocks:
         hidden_Qn = _hidden(block, start_BS, q_BHSd.device, wide).repeat(H // G, 1)
-        pairs = max(1, limit // hidden_Qn.numel())  # (row, key head) pairs at once: of one row, or of all its key heads
+        pairs = max(1, _SCORES.get(q_BHSd.device.type, _MANY_SCORES) // hidden_Qn.numel())
+        step_B = max(1, pairs // G)  # several rows only with all their key heads
         first, last = (0, B) if block.row is None else (block.row, block.row + 1)
-        for b in range(first, last, max(1, pairs // G)):
-            for g in range(0, G, pairs):
-                heads = slice(b, min(b + max(1, pairs // G), last)), slice(g, g + pairs)
-                queries, keys = (*heads, slice(None), slice(*block.queries)), (*heads, slice(*block.keys))
-                q_CQd, k_Cnd = q_BGRSd[queries].flatten(0, 1).flatten(1, 2), k_BGPd[keys].flatten(0, 1)
-                scores = torch.baddbmm(hidden_Qn, q_CQd.to(wide), k_Cnd.to(wide).transpose(1, 2), alpha=d**-0.5)
-                yield _Softmax(queries, keys, q_CQd, k_Cnd, scores.softmax(-1).to(dtype))
+        for b, g in itertools.product(range(first, last, step_B), range(0, G, pairs)):
+            some = slice(b, min(b + step_B, last)), slice(g, g + pairs)
+            queries, keys = (*some, slice(None), slice(*block.queries)), (*some, slice(*block.keys))
+            q_CQd, k_Cnd = q_BGRSd[queries].flatten(0, 1).flatten(1, 2), k_BGPd[keys].flatten(0, 1)
+            scores = torch.baddbmm(hidden_Qn, q_CQd.to(wide), k_Cnd.to(wide).transpose(1, 2), alpha=d**-0.5)
+            yield _Softmax(queries, keys, q_CQd, k_Cnd, scores.softmax(-1).to(dtype))
 
 
 def _hidden(block: Block, start_BS: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -123,5 +127,5 @@ def _hidden(block: Block, start_BS: Tensor | None, device: torch.device, dtype: 
     hidden_rn = torch.full((r, n), -torch.inf, dtype=dtype, device=device).triu_(n - r + 1)
     if start_BS is None or block.row is None:
         return hidden_rn
-    key_n = torch.arange(*block.keys, device=device)
-    return hidden_rn.masked_fill_(key_n < start_BS[block.row, slice(*block.queries), None], -torch.inf)
+    start_r = start_BS[block.row, slice(*block.queries)]
+    return hidden_rn.masked_fill_(torch.arange(*block.keys, device=device) < start_r[:, None], -torch.inf)
