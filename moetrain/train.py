@@ -71,7 +71,7 @@ class Trainer:
         batch = batch_at(t, self.consumed)
         share = batch // dp
         first = self.consumed + self.mesh.index("dense", "dp") * share
-        targets = self.data.loader.num_targets(self.consumed, batch)
+        targets = max(1, self.data.loader.num_targets(self.consumed, batch))  # none: the balance losses still count
         micro_batches = share // t.micro_batch
         for layer in self.model.moe_layers():
             layer.begin_step(micro_batches)

@@ -53,7 +53,9 @@ def test_even_load_costs_the_number_of_tokens() -> None:
     logits = torch.full((1, E, E), 0.0, dtype=torch.float64)
     logits[0].fill_diagonal_(1e-9)
     ctx = Context(step=0, micro_batch=0, sample_B=torch.arange(1), position_S=torch.arange(E), routed_tokens=1.0)
-    routing = TopK(top_k=1)(logits.flatten(0, 1), torch.zeros(E, dtype=torch.float64), ctx=ctx, layer=0)
+    routing = TopK(top_k=1, renormalize=False)(
+        logits.flatten(0, 1), torch.zeros(E, dtype=torch.float64), ctx=ctx, layer=0
+    )
     assert routing.load_E.tolist() == [1] * E
     for name in ("switch", "sequence"):
         loss = OPTIONS["balance"][name]().loss(routing, Tokens(1, torch.arange(S)))

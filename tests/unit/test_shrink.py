@@ -365,7 +365,8 @@ def jobs(draw: st.DrawFn) -> tuple[Config, int]:
     dim = heads * head_dim if draw(st.booleans()) else draw(st.integers(16, 4096))
     experts = layout.ep * draw(st.integers(1, 16))
     base = Config()
-    router = replace(base.model.moe.router, top_k=draw(st.integers(1, min(8, experts))))
+    top_k = draw(st.integers(1, min(8, experts)))
+    router = replace(base.model.moe.router, top_k=top_k, renormalize=top_k > 1)
     moe = replace(
         base.model.moe, router=router, num_experts=experts, hidden=draw(st.integers(16, 4096)),
         shared_hidden=draw(st.sampled_from((0, 17, 1408, 2816))),

@@ -5,7 +5,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from moetrain.config import config
+from moetrain.config import UserError, config
 from moetrain.moe.types import Context, Router, Routing
 
 
@@ -21,6 +21,14 @@ class TopK(Router):
     score: Score = Score.softmax
     renormalize: bool = True
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k == 1 and self.renormalize:
+            raise UserError(
+                "model.moe.router.top_k=1 with renormalize=true: the one weight is always 1, so that the gate would learn "
+                "nothing from the loss; set model.moe.router.renormalize=false"
+            )
 
     def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
         """(T, E), (E,) -> K experts per token. The bias steers the choice, never the mixing weight."""

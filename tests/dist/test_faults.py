@@ -1,0 +1,68 @@
+"""Every planted bug is caught, in a config that was shrunk from hundreds of ranks; without it, the run is the same."""
+
+from functools import cache
+
+import pytest
+from test_verify import Pool
+
+from moetrain.cli.compose import compose
+from moetrain.config import UserError
+from moetrain.layouts import Layout
+from moetrain.verify import faults
+from moetrain.verify.session import make_reference, verify
+from moetrain.verify.shrink import shrink
+
+COMMON = [
+    "model=qwen3_30b_a3b", "balance=[switch,sequence,expert_bias]", "dispatcher=capacity", "data.ignore_tokens=[3]",
+    "train.batch=512", "train.micro_batch=1", "train.seq_len=4095",
+]  # fmt: skip
+ORIGINALS = {
+    "tp and dp": [*COMMON, "layout.dp=64", "layout.tp=8", "layout.ep=64"],
+    "tp, norms over all heads": [*COMMON, "layout.dp=1", "layout.tp=8", "layout.ep=8", "model.qk_norm=full"],
+    "cp and dp, expert TP": [*COMMON, "layout.dp=16", "layout.cp=8", "layout.ep=8", "layout.etp=16"],
+    "dp": [*COMMON, "layout.dp=64"],
+}
+
+
+@pytest.fixture(scope="module")
+def shrunk():
+    @cache
+    def small(name: str):
+        cfg = compose(ORIGINALS[name])
+        return shrink(cfg, world=cfg.layout.world, ranks=8).cfg
+
+    return small
+
+
+@pytest.fixture(scope="module")
+def references(shrunk, ranks, tmp_path_factory):
+    @cache
+    def made(name: str):
+        pool = Pool(ranks(shrunk(name).layout.world))
+        return make_reference(shrunk(name), pool, tmp_path_factory.mktemp("reference"))
+
+    return made
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_without_a_fault_the_originals_are_the_same_run(ranks, tmp_path, shrunk, references, name) -> None:
+    layout = shrunk(name).layout
+    assert verify(layout, references(name), Pool(ranks(layout.world)), tmp_path / "layout").kind == "same"
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_every_fault_is_caught(ranks, tmp_path, shrunk, references, fault) -> None:
+    shows = [n for n in ORIGINALS if faults.FAULTS[fault].needs(shrunk(n), shrunk(n).layout) is None]
+    assert shows, "one of the originals can show it"
+    name = min(shows, key=lambda n: shrunk(n).layout.world)
+    layout = shrunk(name).layout
+    verdict = verify(layout, references(name), Pool(ranks(layout.world)), tmp_path / "layout", fault=fault)
+    assert verdict.kind == "different", verdict.error
+
+
+def test_an_unknown_fault_and_one_that_cannot_show_are_refused() -> None:
+    cfg = compose(["experiment=verified"])
+    with pytest.raises(UserError, match=r"--inject nonsense: no such fault"):
+        faults.require("nonsense", cfg, Layout(dp=2))
+    with pytest.raises(UserError, match=r"--inject positions_restart needs cp > 1: layout .* cannot show it"):
+        faults.require("positions_restart", cfg, Layout(dp=2))
