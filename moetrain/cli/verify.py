@@ -92,6 +92,8 @@ def _one(options: argparse.Namespace, words: list[str]) -> int:
             raise UserError("under torchrun the layout is compared on the ranks that are there: add --full")
     cfg = replace(cfg, layout=cfg.layout.solve(world))
     check(cfg, world=world)
+    if world == 1:
+        raise UserError("the layout is one rank, which is what it is compared with: set layout.*, or --ranks N")
     against = pages.parse_layout(options.against) if options.against else ALONE
     if options.against and not options.full:
         raise UserError("--against needs --full: the config is shrunk for its own layout, not for another")
@@ -112,7 +114,7 @@ def _one(options: argparse.Namespace, words: list[str]) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{pages.words(cfg.layout)} beside {pages.words(against)}, {cfg.train.dtype.value}; {size(cfg.model)}")
         if verdict.report is not None:
-            print("\n".join(pages.table(verdict.report)))
+            print("\n".join([*pages.groups(verdict.report), "", *pages.table(verdict.report)]))
         print(pages.conclusion(verdict), flush=True)
     return _code([verdict])
 
@@ -127,6 +129,8 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     configs = {name: _config(options, [*words, *shlex.split(overrides)]) for name, overrides in cases.items()}
     first = next(iter(configs.values()))
     trials = _trials(options)
+    if options.inject and options.inject not in faults.FAULTS:
+        raise UserError(f"--inject {options.inject}: no such fault{nearest(options.inject, faults.FAULTS)}")
     verdicts: dict[str, list[Verdict]] = {name: [] for name in cases}
     references: dict[str, Reference] = {}
     done, total = 0, len(cases) * sum(map(len, trials.values()))
@@ -137,6 +141,9 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
                     if name not in references:
                         references[name] = make_reference(cfg, ranks, folder / name / "reference")
                     for layout in layouts:
+                        if options.inject and faults.FAULTS[options.inject].needs(cfg, layout):
+                            total -= 1
+                            continue
                         here = folder / name / pages.words(layout).replace(" ", ",")
                         verdict = verify(layout, references[name], ranks, here, fault=options.inject)
                         if options.keep is None:

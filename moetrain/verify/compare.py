@@ -28,6 +28,7 @@ NOISE = 1e2
 sign says nothing about the next weights: those below NOISE * tolerance * rms(gradient of the part) are left out."""
 
 _AT_ONCE = 2**28  # bytes of one outcome's tensors in memory
+_BLOCK = 2**24  # elements that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """``differences`` are in the order of the model."""
+    """``differences`` are in the order of the model; ``summed_over``: parameter -> who its gradient is summed over."""
 
     rows: tuple[Row, ...]
     choices: Choices
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[Difference, ...]
+    summed_over: dict[str, str]
 
     @property
     def same(self) -> bool:
@@ -88,9 +90,12 @@ def compare(other: Path, reference: Path, *, tolerance: float | None = None, fre
     if lacking := unmatched(a, b):
         table.append(Row("tensors", len(b.index), math.inf, lacking, False))
     gradients = Errors("gradients", [measure(pair) for pair in pairs(a, b, "grad.")])
-    weights = Errors("next weights", _next_weights(a, b, limit))
+    # A row whose gradient is zero is moved by weight decay alone, exactly: it is looked at too.
+    moved = [measure(pair, noise=NOISE * limit) for pair in pairs(a, b, "weight.", beside="grad.")]
+    weights = Errors("next weights", moved)
     table += [gradients.row(limit), weights.row(limit), *buffers(a, b, limit)]
-    return Report(tuple(table), chosen, tuple(gradients.differences(limit, a.meta["summed_over"])))
+    groups = a.meta["summed_over"]
+    return Report(tuple(table), chosen, tuple(gradients.differences(limit, groups)), groups)
 
 
 def unmatched(a: Outcome, b: Outcome) -> str:
@@ -143,9 +148,9 @@ def buffers(a: Outcome, b: Outcome, limit: float) -> list[Row]:
     found: dict[str, list[tuple[float, str]]] = {}
     for pair in pairs(a, b, "buffer."):
         error = max(_farthest(got, pair.want) for got in pair.got)
-        kind = "expert bias" if pair.name.endswith(".bias_E") else "buffers"
-        found.setdefault(kind, []).append((error, pair.name))
-    return [_row(kind, errors, limit) for kind, errors in found.items()]
+        quantity = "expert bias" if pair.name.endswith(".bias_E") else "buffers"
+        found.setdefault(quantity, []).append((error, pair.name))
+    return [_row(quantity, errors, limit) for quantity, errors in found.items()]
 
 
 def _farthest(got: Tensor, want: Tensor) -> float:
@@ -209,24 +214,49 @@ class Errors:
                 yield Difference(m.name, part, error, summed_over.get(m.name, "?"))
 
 
+def kind(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
 def is_experts(name: str) -> bool:
     return ".moe.experts." in name
 
 
-def measure(pair: Pair, keep: Tensor | None = None) -> Measured:
-    """``keep``: (G, R, C) the elements to look at."""
-    want_GRC = rows(pair.want, pair.parts)
-    G = len(want_GRC)
-    far_G, lost_G = torch.zeros(G, dtype=torch.float64), torch.zeros(G, dtype=torch.bool)
-    for version in pair.got:
-        away_GRC = rows(version, G) - want_GRC
-        lost_GR = (want_GRC == 0).all(-1) & (away_GRC != 0).any(-1)
-        if keep is not None:
-            away_GRC, lost_GR = torch.where(keep, away_GRC, 0), lost_GR & keep.any(-1)
-        far_G = torch.maximum(far_G, norm(away_GRC))
-        lost_G |= lost_GR.any(-1)
-    size_G = norm(want_GRC if keep is None else torch.where(keep, want_GRC, 0))
-    return Measured(pair.name, far_G, size_G, lost_G, want_GRC[0].numel())
+def measure(pair: Pair, *, noise: float | None = None) -> Measured:
+    """``noise``: look only at elements whose ``beside`` is above it, times its rms in the part, or in a row of zeros.
+
+    A block at a time: the largest parameters are a good part of a machine's memory.
+    """
+    want_GRC, got = rows(pair.want, pair.parts), [rows(version, pair.parts) for version in pair.got]
+    beside_GRC = rows(pair.beside, pair.parts)
+    G, numel = len(want_GRC), want_GRC[0].numel()
+    floor_G = (noise or 0.0) * norm(beside_GRC) / math.sqrt(max(1, numel))
+    far_VG, size_G = torch.zeros(len(got), G, dtype=torch.float64), torch.zeros(G, dtype=torch.float64)
+    lost_G = torch.zeros(G, dtype=torch.bool)
+    for part, row in blocks(want_GRC):
+        want = want_GRC[part, row]
+        zero = want == 0
+        keep = torch.ones_like(zero)
+        if noise is not None:
+            size = beside_GRC[part, row].abs()
+            keep = (size > floor_G[part, None, None]) | (size == 0).all(-1, keepdim=True)
+        size_G[part] += norm(want * keep).square()
+        for v, version in enumerate(got):
+            away = torch.where(keep, version[part, row] - want, 0)
+            lost_G[part] |= (zero.all(-1) & (away != 0).any(-1)).any(-1)
+            far_VG[v, part] += norm(away).square()
+    return Measured(pair.name, far_VG.amax(0).sqrt(), size_G.sqrt(), lost_G, numel)
+
+
+def blocks(x_GRC: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(parts, rows) of pieces of a parameter: whole parts, or rows of one part where that is large."""
+    G, R, C = x_GRC.shape
+    some = max(1, _BLOCK // max(1, R * C))
+    step = R if R * C <= _BLOCK else max(1, _BLOCK // C)
+    for g in range(0, G, some):
+        for r in range(0, R, max(1, step)):
+            yield slice(g, g + some), slice(r, r + step)
 
 
 def norm(x_GRC: Tensor) -> Tensor:
@@ -237,18 +267,6 @@ def norm(x_GRC: Tensor) -> Tensor:
 def rows(x: Tensor, parts: int) -> Tensor:
     """(...) -> (G, R, C): what a part is made of; a vector is one row."""
     return x.reshape(parts, -1, x.shape[-1]) if x.dim() > 1 else x.reshape(parts, 1, -1)
-
-
-def _next_weights(a: Outcome, b: Outcome, limit: float) -> list[Measured]:
-    found = []
-    for pair in pairs(a, b, "weight.", beside="grad."):
-        grad_GRC = rows(pair.beside, pair.parts)
-        size = grad_GRC.abs()
-        rms_G = norm(grad_GRC) / math.sqrt(max(1, size[0].numel()))
-        # A row whose gradient is zero is moved by weight decay alone, exactly.
-        keep = (size > NOISE * limit * rms_G[:, None, None]) | (size == 0).all(-1, keepdim=True)
-        found.append(measure(pair, keep))
-    return found
 
 
 def pairs(a: Outcome, b: Outcome, prefix: str, *, beside: str = "") -> Iterator[Pair]:

@@ -18,6 +18,7 @@ from moetrain.verify.compare import (
     Report,
     Row,
     buffers,
+    kind,
     loads,
     measure,
     pairs,
@@ -51,12 +52,7 @@ def compare(layout: Path, alone: Path, exact: Path) -> Report:
         for m in far.measured
         if not ratios[kind(m.name)] <= RATIO
     ]
-    return Report(tuple(rows), Choices(0), tuple(different))
-
-
-def kind(name: str) -> str:
-    """A parameter's name without the number of its layer."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+    return Report(tuple(rows), Choices(0), tuple(different), groups)
 
 
 def _number(name: str, a: Outcome, s: Outcome, want: float) -> Row:

@@ -1,12 +1,13 @@
 """What a verification says: the table of one layout, and the page of many, which is read back as it was written."""
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.config import UserError
 from moetrain.layouts import AXES, Layout
-from moetrain.verify.compare import Report
+from moetrain.verify.compare import Report, kind
 from moetrain.verify.session import Verdict
 
 Entry = tuple[str, str, str]
@@ -44,6 +45,20 @@ def table(report: Report) -> list[str]:
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:<{widths[3]}}  {e}".rstrip()
         for a, b, c, d, e in (head, *body)
     ]
+
+
+def groups(report: Report) -> list[str]:
+    """Lines: over whom gradients are summed, and whose."""
+    found: dict[str, list[str]] = {}
+    for name, over in report.summed_over.items():
+        kinds = found.setdefault(over, [])
+        if kind(name) not in kinds:
+            kinds.append(kind(name))
+    lines = ["gradients are summed over"]
+    for over, kinds in found.items():
+        indented = textwrap.wrap(", ".join(kinds), 110, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"  {over}", *indented]
+    return lines
 
 
 def conclusion(verdict: Verdict) -> str:
@@ -96,7 +111,8 @@ def summary(page: Page) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in page.counts().items() if n or kind == "same")
     worst = max((v.report.worst for v in page.all() if v.report), default=0.0)
     ties = sum(v.report.choices.near_ties for v in page.all() if v.report)
-    return f"{len(page.all())} comparisons: {counts}; worst gradient error {worst:.1e}; {ties} near-ties replayed"
+    error = f"worst gradient error {worst:.1e}{' times that of one rank' if page.dtype == 'bfloat16' else ''}"
+    return f"{len(page.all())} comparisons: {counts}; {error}; {ties} near-ties replayed"
 
 
 def line(verdict: Verdict) -> str:

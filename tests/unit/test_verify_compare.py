@@ -13,12 +13,12 @@ from torch import Tensor
 from moetrain import checkpoint
 from moetrain.logical import Chunk, Logical
 from moetrain.verify import choices, low
-from moetrain.verify.compare import compare
+from moetrain.verify.compare import compare, kind
 from moetrain.verify.outcome import Outcome
 from moetrain.verify.report import cause, table
 
 EXPERTS = "blocks.0.moe.experts.down"
-NAMES = {"embedding": (7, 4), "blocks.0.attention.q.weight": (6, 4), EXPERTS: (3, 4, 5), "norm.weight": (4,)}
+NAMES = {"embedding.weight": (7, 4), "blocks.0.attention.q.weight": (6, 4), EXPERTS: (3, 4, 5), "norm.weight": (4,)}
 GROUPS = {name: "edp" if "experts" in name else "dp*cp" for name in NAMES}
 B, S, E, K = 2, 6, 3, 1
 Run = dict[str, Any]
@@ -30,9 +30,9 @@ def run() -> Run:
     draw = torch.Generator().manual_seed(1)
     tensors = {}
     for name, shape in NAMES.items():
-        for kind in ("grad", "weight"):
-            tensors[f"{kind}.{name}"] = torch.randn(shape, dtype=torch.float64, generator=draw)
-    tensors["grad.embedding"][2] = 0  # a token that nobody wrote
+        for what in ("grad", "weight"):
+            tensors[f"{what}.{name}"] = torch.randn(shape, dtype=torch.float64, generator=draw)
+    tensors["grad.embedding.weight"][2] = 0  # a token that nobody wrote
     tensors["buffer.blocks.0.moe.bias_E"] = torch.tensor([0.1, -0.1, 0.0])
     tensors["load.0"] = torch.tensor([5, 4, 3])
     scores = torch.rand(B, S, E, dtype=torch.float64, generator=draw)
@@ -68,8 +68,8 @@ def add(name: str, at: Any, amount: float):
 
 
 def lack(run: Run) -> None:
-    for kind in ("grad", "weight"):
-        del run["tensors"][f"{kind}.norm.weight"]
+    for what in ("grad", "weight"):
+        del run["tensors"][f"{what}.norm.weight"]
 
 
 def number(name: str, factor: float):
@@ -90,7 +90,12 @@ def choose_other(run: Run) -> None:
 CHANGES = {
     "the gradient of one expert": (add(f"grad.{EXPERTS}", 1, 1e-6), "gradients", f"{EXPERTS} (expert 1)", "edp"),
     "a gradient": (add("grad.norm.weight", 2, 1e-6), "gradients", "norm.weight", "dp*cp"),
-    "a gradient that is zero": (add("grad.embedding", (2, 1), 1e-30), "gradients", "embedding, error inf", "dp*cp"),
+    "a gradient that is zero": (
+        add("grad.embedding.weight", (2, 1), 1e-30),
+        "gradients",
+        "embedding.weight, error inf",
+        "dp*cp",
+    ),
     "a gradient that is no number": (nan, "gradients", "norm.weight, error inf", "dp*cp"),
     "the loss": (number("loss", 1 + 1e-8), "loss", "loss, error 1.0e-08", "every gradient is the same"),
     "the norm": (number("grad norm", 1 + 1e-8), "grad norm", "grad norm", "every gradient is the same"),
@@ -149,7 +154,7 @@ def test_next_weights_are_compared_where_the_gradient_tells_their_sign(run, tmp_
     other = copy.deepcopy(run)
     other["tensors"]["weight.norm.weight"][0] += 1e-2
     assert compare(write(other, tmp_path / "a"), write(run, tmp_path / "b")).same
-    other["tensors"]["weight.embedding"][2, 0] += 1e-2  # the gradient of this row is exactly zero
+    other["tensors"]["weight.embedding.weight"][2, 0] += 1e-2  # the gradient of this row is exactly zero
     report = compare(write(other, tmp_path / "c"), tmp_path / "b")
     assert cause(report).startswith("next weights")
 
@@ -157,11 +162,11 @@ def test_next_weights_are_compared_where_the_gradient_tells_their_sign(run, tmp_
 def test_ranks_that_hold_the_same_box_and_not_the_same_numbers_differ(run, tmp_path) -> None:
     a = write(run, tmp_path / "a")
     (a / "replicas").mkdir()
-    box = run["tensors"]["grad.embedding"][4:].clone()
+    box = run["tensors"]["grad.embedding.weight"][4:].clone()
     box[1, 1] += 1e-3
-    save_file({"grad.embedding[4,0]": box}, a / "replicas" / "rank-00003.safetensors")
+    save_file({"grad.embedding.weight[4,0]": box}, a / "replicas" / "rank-00003.safetensors")
     report = compare(a, write(run, tmp_path / "b"))
-    assert [d.name for d in report.differences] == ["embedding"]
+    assert [d.name for d in report.differences] == ["embedding.weight"]
 
 
 def test_a_near_tie_is_counted_and_judged_again_on_the_same_choices(run, tmp_path) -> None:
@@ -212,10 +217,23 @@ def test_bfloat16_is_held_against_one_rank_in_bfloat16(run, tmp_path, amount, sa
 
 
 def test_a_kind_of_parameter_is_its_name_without_the_layer() -> None:
-    assert low.kind("blocks.12.moe.experts.down") == "blocks.*.moe.experts.down"
+    assert kind("blocks.12.moe.experts.down") == "blocks.*.moe.experts.down"
+
+
+def test_large_parameters_are_measured_by_blocks(run, tmp_path, monkeypatch) -> None:
+    other = copy.deepcopy(run)
+    other["tensors"][f"grad.{EXPERTS}"][2, 3, 4] += 1e-3
+    other["tensors"]["grad.embedding.weight"][2, 1] += 1e-30
+    whole = compare(write(other, tmp_path / "a"), write(run, tmp_path / "b"))
+    for block in (1, 7, 25):
+        monkeypatch.setattr("moetrain.verify.compare._BLOCK", block)
+        found = compare(tmp_path / "a", tmp_path / "b")
+        assert [(d.name, d.part) for d in found.differences] == [(d.name, d.part) for d in whole.differences]
+        assert found.differences[1].error == pytest.approx(whole.differences[1].error)
+    assert [d.part for d in whole.differences] == ["", "expert 2"]
 
 
 def test_every_tensor_is_read_whole(run, tmp_path) -> None:
-    read = Outcome(write(run, tmp_path / "a")).read(["grad.embedding", "load.0"])
+    read = Outcome(write(run, tmp_path / "a")).read(["grad.embedding.weight", "load.0"])
     assert all(torch.equal(read[n], run["tensors"][n]) for n in read)
     assert isinstance(read["load.0"], Tensor)
