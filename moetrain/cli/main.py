@@ -9,6 +9,7 @@ from moetrain.config import UserError, nearest
 COMMANDS = {
     "train": "train a model, or resume it",
     "data": "tokenize text, inspect a corpus",
+    "verify": "prove that a layout is the same run as one rank",
     "layout": "print who sits where in a layout, list the legal ones",
 }
 
