@@ -18,11 +18,12 @@ PY := $(VENV)/bin/python
 BOOT := $(or $(PYTHON),python3)
 INSTALL = $(BOOT) launch/install.py --venv "$(VENV)" --python "$(PYTHON)" --torch "$(TORCH)"
 
-.PHONY: help install train test check-python
+.PHONY: help install train test verified check-python
 
 help:
 	@echo "make train    install if needed, then train the quickstart   (ARGS=... go to moetrain train)"
 	@echo "make test     install if needed, then ruff, pyright, pytest  (ARGS=... go to pytest)"
+	@echo "make verified verify every layout of 1, 2, 4 and 8 ranks and write docs/verified.md: half an hour on two cores"
 	@echo "make install  only install                                   (EXTRAS=gpu,wandb adds extras)"
 	@echo "Choices: PYTHON=python3.12  TORCH=auto|system|cpu|cuda  VENV=.venv  PIP_ARGS='...'"
 
@@ -46,3 +47,17 @@ test: check-python
 	run pyright --pythonpath $(PY); \
 	run pytest -v -ra $(ARGS); \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+# Sampled beside the whole sets: float64, context parallelism by heads, 12 and 16 ranks, bf16.
+verified: install
+	@$(PY) -m moetrain verify experiment=verified --all-layouts 1,2,4,8 \
+	  --case 'dropless:' \
+	  --case 'capacity: dispatcher=capacity model.moe.dispatcher.factor=8' \
+	  --case 'capacity that drops@8/8: dispatcher=capacity model.moe.dispatcher.factor=1' \
+	  --case 'float64@4,8/8: train.dtype=float64' \
+	  --case 'bfloat16@4,8/6: train.dtype=bfloat16' \
+	  --case 'ulysses@4,8/8: context.method=ulysses' \
+	  --case 'tied, QK-norm per head@8/8: model.tie_embeddings=true model.qk_norm=head' \
+	  --case 'one key head@12/12: model.num_heads=12 model.num_kv_heads=1 model.moe.num_experts=12 train.batch=12' \
+	  --case 'sixteen@16/12: train.batch=16' \
+	  --write docs/verified.md $(ARGS)

@@ -123,7 +123,11 @@ def renamed(run: Trainer) -> dict[str, Tensor]:
         "moe.gate": "mlp.gate", "moe.experts.gate_up": "mlp.experts.gate_up_proj",
         "moe.experts.down": "mlp.experts.down_proj",
     }  # fmt: skip
-    top = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+    top = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
     found = {}
     for name, p in run.model.named_parameters():
         tensor = p.detach()[: run.cfg.model.vocab_size] if name in ("embedding.weight", "head.weight") else p.detach()

@@ -70,17 +70,24 @@ def _exchange(x: Tensor, recv: list[int] | None, send: list[int] | None, group: 
 
 
 def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    x = x.movedim(dim, 0).contiguous()
-    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    _all_gather(out, x, group=group)
-    return out.movedim(0, dim)
+    return _along(_all_gather, x, dim, x.shape[dim] * group.size(), group)
 
 
 def _scattered_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    x = x.movedim(dim, 0).contiguous()
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    reduce_scatter(out, x, group=group)
-    return out.movedim(0, dim)
+    return _along(reduce_scatter, x, dim, x.shape[dim] // group.size(), group)
+
+
+def _along(collective, x: Tensor, dim: int, size: int, group: ProcessGroup) -> Tensor:
+    """A collective of dim 0, of any dim; ``size`` is that of the result. Never a view, contiguous."""
+    rest = [*x.shape[:dim], *x.shape[dim + 1 :]]
+    source = x.movedim(dim, 0).contiguous()
+    if all(n == 1 for n in x.shape[:dim]):
+        out = x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :])
+        collective(out.view(size, *rest), source, group=group)
+        return out
+    out = x.new_empty(size, *rest)
+    collective(out, source, group=group)
+    return out.movedim(0, dim).contiguous()
 
 
 def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, group: ProcessGroup | None) -> Tensor:

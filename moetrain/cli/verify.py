@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,9 +51,8 @@ def _parser() -> _Options:
     add("--full", action="store_true", help="at the config's own shapes; without it they shrink first")
     add("--dtype", choices=[d.value for d in DType], help="compute in this, in place of train.dtype")
     add("--all-layouts", metavar="N[,N]", help="every legal layout of N ranks; layout keys are ignored")
-    add(
-        "--case", action="append", default=[], metavar="NAME:KEY=VALUE ...", help="sweep this variant of the config too"
-    )
+    add("--case", action="append", default=[], metavar="NAME[@N[,N][/K]]:KEY=VALUE ...",
+        help="sweep this variant of the config too; on these ranks, on a sample of K")  # fmt: skip
     add("--sample", type=int, metavar="K", help="only K of the layouts, drawn by --seed")
     add("--seed", type=int, default=0, metavar="S")
     add("--write", type=Path, metavar="FILE", help="write a sweep as a page of markdown")
@@ -126,21 +126,24 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
             "leave torchrun, --full, --ranks and --against away"
         )
     cases = _cases(options)
-    configs = {name: _config(options, [*words, *shlex.split(overrides)]) for name, overrides in cases.items()}
+    configs = {name: _config(options, [*words, *shlex.split(case.overrides)]) for name, case in cases.items()}
     first = next(iter(configs.values()))
-    trials = _trials(options)
+    trials = {name: _trials(case, options.seed) for name, case in cases.items()}
     if options.inject and options.inject not in faults.FAULTS:
         raise UserError(f"--inject {options.inject}: no such fault{nearest(options.inject, faults.FAULTS)}")
     verdicts: dict[str, list[Verdict]] = {name: [] for name in cases}
     references: dict[str, Reference] = {}
-    done, total = 0, len(cases) * sum(map(len, trials.values()))
+    done, total = 0, sum(len(layouts) for of in trials.values() for layouts in of.values())
+    worlds = sorted({world for of in trials.values() for world in of})
     with _folder(options, first) as folder:
-        for world, layouts in trials.items():
+        for world in worlds:
             with LocalRanks(world, folder=folder / f"ranks-{world}", timeout=options.timeout) as ranks:
                 for name, cfg in configs.items():
+                    if world not in trials[name]:
+                        continue
                     if name not in references:
                         references[name] = make_reference(cfg, ranks, folder / name / "reference")
-                    for layout in layouts:
+                    for layout in trials[name][world]:
                         if options.inject and faults.FAULTS[options.inject].needs(cfg, layout):
                             total -= 1
                             continue
@@ -152,7 +155,10 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
                         done += 1
                         case = f"{name}  " if len(cases) > 1 else ""
                         print(f"[{done}/{total}] {case}{pages.line(verdict)}", flush=True)
-    page = pages.Page(command, str(size(first.model)), first.train.dtype.value, cases, verdicts)
+    described = {
+        name: pages.Case(case.where, configs[name].train.dtype.value, case.overrides) for name, case in cases.items()
+    }
+    page = pages.Page(command, str(size(first.model)), described, verdicts)
     print(pages.summary(page))
     if options.write:
         pages.write(page, options.write)
@@ -160,28 +166,52 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     return _code(page.all())
 
 
-def _cases(options: argparse.Namespace) -> dict[str, str]:
-    """Name -> overrides of every config of a sweep; without ``--case`` there is one, as it is."""
-    found: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Case:
+    """A variant of the config, and on which layouts: all of these numbers of ranks, or ``sample`` of each."""
+
+    overrides: str
+    worlds: tuple[int, ...]
+    sample: int | None
+
+    @property
+    def where(self) -> str:
+        ranks = ", ".join(map(str, self.worlds))
+        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}"
+
+
+def _cases(options: argparse.Namespace) -> dict[str, _Case]:
+    """Name -> every variant of a sweep; without ``--case`` there is one, the config as it is."""
+    everywhere = _worlds(options.all_layouts, f"--all-layouts {options.all_layouts}")
+    found: dict[str, _Case] = {}
     for text in options.case:
-        name, colon, overrides = text.partition(":")
-        if not colon or not re.fullmatch(r"[\w .,-]+", name) or name in found:
-            raise UserError(f"--case {text!r} is not NAME:KEY=VALUE ... with a name of its own, of letters and digits")
-        found[name] = overrides.strip()
-    return found or {"config": ""}
+        shape = re.fullmatch(r"([\w .,-]+?)(?:@([\d,]+)(?:/(\d+))?)? *:(.*)", text, re.DOTALL)
+        if not shape or shape[1] in found or shape[3] == "0":
+            raise UserError(
+                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS/SAMPLE:KEY=VALUE ..., with a name of its "
+                f"own, of letters and digits"
+            )
+        worlds = _worlds(shape[2], f"--case {text!r}") if shape[2] else everywhere
+        found[shape[1]] = _Case(shape[4].strip(), worlds, int(shape[3]) if shape[3] else options.sample)
+    return found or {"config": _Case("", everywhere, options.sample)}
 
 
-def _trials(options: argparse.Namespace) -> dict[int, list[Layout]]:
+def _worlds(text: str, where: str) -> tuple[int, ...]:
+    for word in text.split(","):
+        if not word.isdigit() or int(word) < 1:
+            raise UserError(f"{where}: {word!r} is not a number of ranks; write 4 or 2,4,8")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
+
+
+def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
     """Ranks -> the layouts to visit, in a fixed order."""
     found = {}
-    for word in options.all_layouts.split(","):
-        if not word.isdigit() or int(word) < 1:
-            raise UserError(f"--all-layouts {options.all_layouts}: {word!r} is not a number of ranks; write 4 or 2,4,8")
-        layouts = legal(int(word), pp=PP)
-        if options.sample is not None and options.sample < len(layouts):
-            drawn = random.Random(options.seed).sample(range(len(layouts)), options.sample)
+    for world in case.worlds:
+        layouts = legal(world, pp=PP)
+        if case.sample is not None and case.sample < len(layouts):
+            drawn = random.Random(seed).sample(range(len(layouts)), case.sample)
             layouts = [layouts[i] for i in sorted(drawn)]
-        found[int(word)] = layouts
+        found[world] = layouts
     return found
 
 

@@ -308,7 +308,7 @@ def only_the_last_micro_batch() -> Swaps:
 
     def wrong(self, m, first, *, targets, **rest):
         last = self.cfg.train.batch // self.mesh.layout.dp // self.cfg.train.micro_batch - 1
-        nothing = 1 if m == last else 2**60
+        nothing = 1.0 if m == last else 2.0**60
         return right(self, m, first, targets=targets * nothing, **rest) * nothing
 
     return [(train.Trainer, "forward_backward", wrong)]

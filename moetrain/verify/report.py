@@ -87,13 +87,21 @@ def cause(report: Report) -> str:
 
 
 @dataclass(frozen=True)
+class Case:
+    """A variant of the config: on which layouts, in words, in which dtype, with which overrides ("" = as it is)."""
+
+    where: str
+    dtype: str
+    overrides: str
+
+
+@dataclass(frozen=True)
 class Page:
-    """All of a sweep. ``verdicts``: case -> what each layout gave; ``model`` and ``dtype`` are lines of the header."""
+    """All of a sweep. ``verdicts``: case -> what each layout gave; ``model`` is a line of the header."""
 
     command: str
     model: str
-    dtype: str
-    cases: dict[str, str]  # name -> overrides, "" = as it is
+    cases: dict[str, Case]
     verdicts: dict[str, list[Verdict]]
 
     def counts(self) -> dict[str, int]:
@@ -102,17 +110,25 @@ class Page:
             found[verdict.kind] += 1
         return found
 
+    def worst(self) -> str:
+        """The worst gradient error of each dtype, in words."""
+        found: dict[str, float] = {}
+        for name, case in self.cases.items():
+            errors = [v.report.worst for v in self.verdicts[name] if v.report]
+            found[case.dtype] = max([found.get(case.dtype, 0.0), *errors])
+        words = [f"{x:.1e} in {dtype}" for dtype, x in found.items() if dtype != "bfloat16"]
+        words += [f"{x:.2f} times one rank's in bfloat16" for dtype, x in found.items() if dtype == "bfloat16"]
+        return ", ".join(words)
+
     def all(self) -> list[Verdict]:
         return [verdict for verdicts in self.verdicts.values() for verdict in verdicts]
 
 
 def summary(page: Page) -> str:
-    """One line of counts and the worst error."""
+    """One line of counts and the worst errors."""
     counts = ", ".join(f"{n} {kind}" for kind, n in page.counts().items() if n or kind == "same")
-    worst = max((v.report.worst for v in page.all() if v.report), default=0.0)
     ties = sum(v.report.choices.near_ties for v in page.all() if v.report)
-    error = f"worst gradient error {worst:.1e}{' times that of one rank' if page.dtype == 'bfloat16' else ''}"
-    return f"{len(page.all())} comparisons: {counts}; {error}; {ties} near-ties replayed"
+    return f"{len(page.all())} comparisons: {counts}; worst gradient error {page.worst()}; {ties} near-ties replayed"
 
 
 def line(verdict: Verdict) -> str:
@@ -131,9 +147,12 @@ def write(page: Page, path: Path) -> None:
         "One training step of each layout beside one rank: choices of expert, loss, gradient norm, load, every",
         "parameter's gradient, the next weights, the expert bias (docs/verify.md). Written by", "",
         "```bash", page.command, "```", "",
-        f"- model: {page.model}", f"- dtype: {page.dtype}", f"- {summary(page)}", "",
-        "| case | overrides |", "|---|---|",
-        *(f"| {name} | {f'`{overrides}`' if overrides else 'as it is'} |" for name, overrides in page.cases.items()),
+        f"- model: {page.model}", f"- {summary(page)}", "",
+        "| case | layouts | dtype | overrides |", "|---|---|---|---|",
+        *(
+            f"| {name} | {case.where} | {case.dtype} | {f'`{case.overrides}`' if case.overrides else 'as it is'} |"
+            for name, case in page.cases.items()
+        ),
         "", "| ranks | layouts | same | different | failed | refused |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for world in worlds:

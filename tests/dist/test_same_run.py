@@ -118,8 +118,8 @@ PUBLISHED = {
     # Megatron Bridge's guide: TP4 EP4 (PP2), TP1 EP8
     "qwen3_30b_a3b": "layout.dp=16 layout.tp=4 layout.ep=4",
     "olmoe_1b_7b": "layout.dp=256 layout.ep=8",
-    # in the same manner; more tp ranks than key heads, long rows, expert TP
-    "qwen2_57b_a14b": "layout.dp=8 layout.tp=8 layout.ep=16",
+    # in the same manner: one expert a rank; long rows and expert TP
+    "qwen2_57b_a14b": "layout.dp=32 layout.tp=4 layout.ep=64",
     "deepseek_moe_16b": "layout.dp=16 layout.cp=4 layout.ep=32 layout.etp=2 dispatcher=capacity",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
-from moetrain.cli.verify import PP, _parser, _trials
+from moetrain.cli.verify import PP, _cases, _parser, _trials
 from moetrain.layouts import count_legal
 from moetrain.verify.report import parse
 
@@ -98,7 +98,8 @@ def test_a_sweep_prints_a_line_a_layout_and_writes_a_page(capsys, tmp_path) -> N
 
 def test_a_sample_of_a_sweep_is_the_same_for_the_same_seed() -> None:
     def drawn(*words: str) -> dict[int, list[str]]:
-        layouts = _trials(_parser().parse_args(["--all-layouts", "2,8", *words]))
+        options = _parser().parse_args(["--all-layouts", "2,8", *words])
+        layouts = _trials(_cases(options)["config"], options.seed)
         return {world: [str(layout) for layout in found] for world, found in layouts.items()}
 
     every, some = drawn(), drawn("--sample", "12", "--seed", "1")

@@ -26,8 +26,8 @@ class TopK(Router):
         super().__post_init__()
         if self.top_k == 1 and self.renormalize:
             raise UserError(
-                "model.moe.router.top_k=1 with renormalize=true: the one weight is always 1, so that the gate would learn "
-                "nothing from the loss; set model.moe.router.renormalize=false"
+                "model.moe.router.top_k=1 with renormalize=true: the one weight is always 1, so that the gate would "
+                "learn nothing from the loss; set model.moe.router.renormalize=false"
             )
 
     def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
