@@ -54,15 +54,16 @@ class RankPool:
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Returns what ``fn(rank, world, *args)`` returned on each rank; raises ``AssertionError`` with tracebacks.
 
-        A group whose sockets gloo could not connect says nothing about ``fn``: new ranks try once more, and say so.
+        A group whose sockets gloo could not connect says nothing about ``fn``: new ranks try again, twice, and say so.
         """
-        try:
-            return self._run(fn, *args)
-        except AssertionError as error:
-            if "connectFullMesh" not in str(error):
-                raise
-            warnings.warn(f"gloo could not connect its ranks, trying once more:\n{error}", stacklevel=2)
-            return self._run(fn, *args)
+        for _ in range(2):
+            try:
+                return self._run(fn, *args)
+            except AssertionError as error:
+                if "connectFullMesh" not in str(error):
+                    raise
+                warnings.warn(f"gloo could not connect its ranks, trying again:\n{error}", stacklevel=2)
+        return self._run(fn, *args)
 
     def _run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         call = pickle.dumps((fn, args))

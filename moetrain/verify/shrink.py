@@ -57,9 +57,10 @@ def shrink(cfg: Config, *, world: int, ranks: int = 16) -> Shrunk:
 
 
 def table(shrunk: Shrunk) -> list[str]:
-    """Lines to print: every property in both configs, how many were kept, which were lost."""
-    names, before, after = (max(len(row[i]) for row in shrunk.rows) for i in range(3))
-    lines = [f"{name:<{names}}  {a:>{before}} -> {b:>{after}}".rstrip() for name, a, b in shrunk.rows]
+    """Lines to print: what changed, how many properties were kept, which were lost."""
+    changed = [row for row in shrunk.rows if row[1] != row[2]]
+    width = max((len(name) for name, _, _ in changed), default=0)
+    lines = [f"{name:<{width}}  {a} -> {b}" for name, a, b in changed]
     number, lost = len(of.OF_LAYOUT) + len(of.OF_SHAPES), {line.partition(": ")[0] for line in shrunk.lost}
     kept = sum(p.name not in lost for p in (*of.OF_LAYOUT, *of.OF_SHAPES))
     return [*lines, f"kept: {kept} of {number} properties", *(f"lost: {line}" for line in shrunk.lost)]

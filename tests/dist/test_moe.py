@@ -17,7 +17,7 @@ from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.routers.topk import Score, TopK
 from moetrain.moe.types import Context
 
-B, S, D, F, E, K = 8, 12, 16, 24, 8, 2
+B, S, D, F, E, K = 12, 12, 16, 28, 8, 2
 DISPATCHERS = {name: cls() for name, cls in OPTIONS["dispatcher"].items()}
 DISPATCHERS["capacity, nothing dropped"] = OPTIONS["dispatcher"]["capacity"](factor=float(E))
 DISPATCHERS["capacity, much dropped"] = OPTIONS["dispatcher"]["capacity"](factor=0.5)
@@ -55,34 +55,44 @@ def truth(router_name: str, dispatcher_name: str) -> dict[str, Tensor]:
     leaves = {n: t[n].requires_grad_() for n in ("x", "gate", "gate_up", "down")}
     y, load_E, dropped = reference.moe(
         t["x"], t["gate"], t["gate_up"], t["down"], top_k=router.top_k, score=router.score.value,
-        renormalize=router.renormalize, scale=router.scale, bias_E=t["bias"], factor=getattr(dispatcher, "factor", None),
+        renormalize=router.renormalize, scale=router.scale, bias_E=t["bias"],
+        factor=getattr(dispatcher, "factor", None),
     )  # fmt: skip
     (y * t["g"]).sum().backward()
     found = {"y": y.detach(), "load": load_E, "dropped": torch.tensor(dropped)}
     return found | {f"grad {n}": leaf.grad for n, leaf in leaves.items()}  # pyright: ignore
 
 
-def layer_on(rank: int, world: int, ep: int, router: TopK, dispatcher, kernel: Kernel, dtype: torch.dtype) -> dict:
-    mesh = Mesh.build(Layout(dp=world, ep=ep), rank=rank, world=world, device=torch.device("cpu"))
+def layer_on(
+    rank: int, world: int, ep: int, etp: int, router: TopK, dispatcher, kernel: Kernel, dtype: torch.dtype
+) -> dict:
+    mesh = Mesh.build(Layout(dp=world, ep=ep, etp=etp), rank=rank, world=world, device=torch.device("cpu"))
     cfg = MoEConfig(num_experts=E, hidden=F, router=router, dispatcher=dispatcher, kernel=kernel)
     layer = MoE(cfg, dim=D, layer=0).to(dtype)
-    layer.place(edp=mesh.layout.edp, ep=ep, etp=1, rank=mesh.index("moe", "edp", "ep"), group=mesh.group("moe", "ep"))
+    at, group = mesh.index("moe", "edp", "ep"), mesh.group("moe", "ep", "etp")
+    layer.place(edp=mesh.layout.edp, ep=ep, etp=etp, rank=at, group=group)
     layer.to(dtype)
     t = tensors(dtype)
     owned = layer.placement.slots_of(layer.rank)
+    start = mesh.index("moe", "etp") * layer.width
+    real = slice(start, start + layer.width), slice(0, max(0, min(layer.width, F - start)))
     with torch.no_grad():
+        for p in layer.experts.parameters():
+            p.zero_()  # what pads the width
         layer.gate.weight.copy_(t["gate"])
         layer.bias_E.copy_(t["bias"])
-        layer.experts.gate_up.copy_(t["gate_up"][owned])
-        layer.experts.down.copy_(t["down"][owned])
+        layer.experts.gate_up[:, :, real[1]] = t["gate_up"][owned][:, :, real[0]]
+        layer.experts.down[:, :, real[1]] = t["down"][owned][:, :, real[0]]
     mine = slice(rank * B // world, (rank + 1) * B // world)
     x = t["x"][mine].clone().requires_grad_()
     ctx = Context(step=0, micro_batch=0, sample_B=torch.arange(B)[mine], position_S=torch.arange(S), routed_tokens=1.0)
     y, _ = layer(x, {}, ctx)
     (y * t["g"][mine]).sum().backward()
     grads = {n: torch.zeros_like(t[n]) for n in ("gate_up", "down")}
-    for n, p in (("gate_up", layer.experts.gate_up), ("down", layer.experts.down)):
-        grads[n][owned] = p.grad
+    grads["gate_up"][owned, :, real[0]] = layer.experts.gate_up.grad[:, :, real[1]]
+    for e, g in zip(owned, layer.experts.down.grad, strict=True):
+        grads["down"][e, :, real[0]] = g[:, real[1]]
+    assert layer.experts.down.grad[:, :, real[1].stop :].abs().sum() == 0, "padding gets no gradient"
     return {
         "y": y.detach(), "grad x": x.grad, "grad gate": layer.gate.weight.grad, "load": layer.load_ME[0],
         "dropped": layer.dropped_ME.sum(), "grad gate_up": grads["gate_up"], "grad down": grads["down"],
@@ -103,8 +113,11 @@ def compare(got: dict, want: dict, tolerance: float) -> None:
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_dispatcher_and_ep_equals_the_reference(ranks, world) -> None:
+GRIDS = {1: [(1, 1)], 2: [(1, 1), (2, 1), (1, 2)], 3: [(1, 3)], 4: [(2, 1), (4, 1), (2, 2)]}
+
+
+@pytest.mark.parametrize("world", GRIDS)
+def test_every_dispatcher_ep_and_etp_equals_the_reference(ranks, world) -> None:
     pool = ranks(world)
     for router_name, router in ROUTERS.items():
         for name, dispatcher in DISPATCHERS.items():
@@ -112,8 +125,8 @@ def test_every_dispatcher_and_ep_equals_the_reference(ranks, world) -> None:
             assert (want["dropped"] > 0) == ("much" in name or (name == "capacity")), (
                 "the case drops what its name says"
             )
-            for ep in [n for n in (1, 2, 4) if n <= world]:
-                got = together(pool.run(layer_on, ep, router, dispatcher, Kernel.auto, torch.float64))
+            for ep, etp in GRIDS[world]:
+                got = together(pool.run(layer_on, ep, etp, router, dispatcher, Kernel.auto, torch.float64))
                 compare(got, want, 1e-12)
 
 
@@ -121,7 +134,7 @@ def test_grouped_mm_equals_the_reference_in_float32(ranks) -> None:
     router = ROUTERS["softmax"]
     for name, dispatcher in DISPATCHERS.items():
         want = truth("softmax", name)
-        got = together(ranks(2).run(layer_on, 2, router, dispatcher, Kernel.torch, torch.float32))
+        got = together(ranks(2).run(layer_on, 2, 1, router, dispatcher, Kernel.torch, torch.float32))
         compare(got, want, 2e-6)
 
 

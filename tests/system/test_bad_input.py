@@ -42,7 +42,10 @@ CASES = {
     ),
     "a layout whose expert view does not fit": ("layout.dp=2 layout.ep=4", "does not divide the 2 ranks there are"),
     "a degree below one": ("layout.ep=0", "layout.ep=0: a degree is at least 1"),
-    "an axis that is not built yet": ("layout.tp=2", "tensor parallelism is not built yet"),
+    "an axis that is not built yet": ("layout.pp=2", "layout.pp=2: pipeline parallelism is not built yet"),
+    "heads that tp does not divide": ("layout.tp=3", "layout.tp=3 does not divide model.num_heads="),
+    "ulysses with too few heads": ("layout.cp=16 context.method=ulysses", "nearest legal: "),
+    "one weight that is always 1": ("model.moe.router.top_k=1", "set model.moe.router.renormalize=false"),
     "a batch that does not divide": (
         "train.batch=5",
         "is not a multiple of dp * train.micro_batch = 1 * 2 = 2: use 4 or 6",
