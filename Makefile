@@ -55,9 +55,9 @@ verified: install
 	  --case 'capacity: dispatcher=capacity model.moe.dispatcher.factor=8' \
 	  --case 'capacity that drops@8/8: dispatcher=capacity model.moe.dispatcher.factor=1' \
 	  --case 'float64@4,8/8: train.dtype=float64' \
-	  --case 'bfloat16@4,8/6: train.dtype=bfloat16' \
+	  --case 'bfloat16@2,4,8/6: train.dtype=bfloat16' \
 	  --case 'ulysses@4,8/8: context.method=ulysses' \
 	  --case 'tied, QK-norm per head@8/8: model.tie_embeddings=true model.qk_norm=head' \
-	  --case 'one key head@12/12: model.num_heads=12 model.num_kv_heads=1 model.moe.num_experts=12 train.batch=12' \
-	  --case 'sixteen@16/12: train.batch=16' \
+	  --case 'one key head@12/8: model.num_heads=12 model.num_kv_heads=1 model.moe.num_experts=12 train.batch=12' \
+	  --case 'sixteen@16/8: train.batch=16' \
 	  --write docs/verified.md $(ARGS)

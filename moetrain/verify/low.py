@@ -79,14 +79,15 @@ def _whole(far: Errors, near: Errors) -> float:
 
 
 def _by_kind(far: Errors, near: Errors) -> dict[str, float]:
-    """Kind -> the layout's error over one rank's."""
+    """Kind -> the layout's error over one rank's, less what chance adds: of n elements, such a ratio scatters by
+    1 / sqrt(n), and twice that is allowed for."""
     whole = _distance(near.measured)
     found = {}
     for name in dict.fromkeys(kind(m.name) for m in far.measured):
         mine, theirs = ([m for m in errors.measured if kind(m.name) == name] for errors in (far, near))
         numel = sum(m.numel * len(m.size_G) for m in mine)
         floor = FLOOR * whole * math.sqrt(numel / max(1, far.numel))
-        found[name] = _ratio(_distance(mine), max(_distance(theirs), floor))
+        found[name] = _ratio(_distance(mine), max(_distance(theirs), floor)) / (1 + 2 / math.sqrt(numel))
     return found
 
 
