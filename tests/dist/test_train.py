@@ -13,6 +13,7 @@ import moetrain.moe  # noqa: F401 (registers the options)
 from moetrain.config import config as config_node
 from moetrain.config import load, replace
 from moetrain.job import Config, open_data
+from moetrain.moe.gates.linear import LinearGate
 from moetrain.moe.routers.replay import save_choices
 from moetrain.moe.types import Placement, PlacementPolicy
 from moetrain.optim import grad_norm
@@ -220,6 +221,14 @@ def test_grad_norm_counts_every_expert_once(ranks, small_corpus, tmp_path) -> No
     for layout in ({"ep": 4}, {"dp": 4, "ep": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "cp": 2, "replicate": 2, "etp": 2}):
         for found in ranks(4).run(norms, config(small_corpus, tmp_path / "4", layout=layout)):
             assert found == pytest.approx(alone, rel=1e-12)
+
+
+def test_a_parameter_without_a_gradient_is_named(small_corpus, tmp_path, monkeypatch) -> None:
+    run = trainer(0, 1, config(small_corpus, tmp_path / "1"))
+    right = LinearGate.forward
+    monkeypatch.setattr(LinearGate, "forward", lambda self, x, carry: (right(self, x, carry)[0].detach(), carry))
+    with pytest.raises(RuntimeError, match=r"no gradient reached blocks\.1\.moe\.gate\.weight, blocks\.2"):
+        run.step()
 
 
 def record(rank: int, world: int, cfg: Config, path: Path) -> list[float]:
