@@ -1,6 +1,7 @@
 """The process groups of a layout (``layouts.py``): made once, shared by rank tuple, the same on every rank."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,24 @@ class Mesh:
     rank: int
     device: torch.device
     _groups: dict[tuple[int, ...], ProcessGroup | None]
+    _timeout: timedelta | None = None
 
     @classmethod
     def build(
-        cls, layout: Layout, *, rank: int, world: int, device: torch.device, like: "Mesh | None" = None
+        cls,
+        layout: Layout,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        like: "Mesh | None" = None,
     ) -> "Mesh":
-        """``like``: another mesh of the same ranks, whose groups are used again."""
+        """``timeout`` of collectives. ``like``: a mesh of the same ranks, whose groups are used again."""
         groups: dict[tuple[int, ...], ProcessGroup | None] = {} if like is None else like._groups
         if world > 1:
             groups[tuple(range(world))] = dist.distributed_c10d._get_default_group()
-        return cls(layout.solve(world), rank, device, groups)
+        return cls(layout.solve(world), rank, device, groups, timeout)
 
     @property
     def world(self) -> int:
@@ -54,7 +63,7 @@ class Mesh:
     def _made(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
         """The group of these ranks, made once; None on a rank that is not in it."""
         if ranks not in self._groups:
-            group = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks), timeout=self._timeout)
             self._groups[ranks] = group if isinstance(group, ProcessGroup) else None  # a number: not a member
         return self._groups[ranks]
 
@@ -74,7 +83,7 @@ class Mesh:
     def _alone(self) -> ProcessGroup:
         """A group of this rank only, for an axis that a DeviceMesh cannot do without."""
         if (self.rank,) not in self._groups:
-            group = dist.new_group([self.rank], use_local_synchronization=True)
+            group = dist.new_group([self.rank], timeout=self._timeout, use_local_synchronization=True)
             self._groups[(self.rank,)] = group if isinstance(group, ProcessGroup) else None
         group = self._groups[(self.rank,)]
         assert group is not None

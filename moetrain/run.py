@@ -240,7 +240,9 @@ def describe(trainer: Trainer) -> list[str]:
     """What is about to run, in a few lines."""
     cfg, world = trainer.cfg, trainer.world
     moe = cfg.model.moe
-    _, why = kernels.choose(moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=moe.hidden)
+    _, why = kernels.choose(
+        moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=-(-moe.hidden // trainer.mesh.layout.etp)
+    )
     where = f"{world.size} rank(s) on {world.device.type}" + (f" over {world.backend}" if world.backend else "")
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {where}, layout {trainer.mesh.layout}",

@@ -1,6 +1,7 @@
 """The state of a run on one rank, and one training step. Read ``Trainer.step`` first."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from moetrain.moe.types import Context
 from moetrain.optim import Optimizer, clip_scale, grad_norm
 from moetrain.parallel import parallelize, state
 from moetrain.parallel.context import Part
-from moetrain.parallel.data import set_last_micro_batch
+from moetrain.parallel.data import reshard, set_last_micro_batch
 from moetrain.world import World, allow_fixed_order, fixed_order, to_device
 
 
@@ -53,7 +54,10 @@ class Trainer:
         if cfg.train.deterministic:
             allow_fixed_order(world.device)
         layout = check(cfg, world=world.size)
-        self.mesh = Mesh.build(layout, rank=world.rank, world=world.size, device=world.device, like=like)
+        limit = timedelta(seconds=cfg.train.timeout)
+        self.mesh = Mesh.build(
+            layout, rank=world.rank, world=world.size, device=world.device, timeout=limit, like=like
+        )  # fmt: skip
         self.part = Part.of(cfg.train.seq_len, self.mesh)
         self.dtype = cfg.train.dtype.torch
         parallel = parallelize(
@@ -142,10 +146,12 @@ class Trainer:
 
     def validate(self) -> dict[str, Score]:
         micro_batch = self.cfg.train.micro_batch
-        return {
+        scores = {
             name: evaluate(self.model, held_out, self.mesh, self.part, micro_batch=micro_batch, step=self.steps)
             for name, held_out in self.data.validation.items()
         }
+        reshard(self.model)
+        return scores
 
     def tensors(self) -> dict[str, Logical]:
         """Everything a checkpoint holds: this rank's boxes of parameters, buffers and optimizer state."""

@@ -28,6 +28,7 @@ from moetrain.world import join, launched, wanted_ranks
 
 PP = 1
 """Pipeline degrees that a sweep visits: raised when pipelines land."""
+UNVISITED = "layouts with pp > 1, since pipeline parallelism is not built yet"
 
 USAGE = """usage: moetrain verify [OPTION ...] [KEY=VALUE ...]
 
@@ -158,7 +159,7 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     described = {
         name: pages.Case(case.where, configs[name].train.dtype.value, case.overrides) for name, case in cases.items()
     }
-    page = pages.Page(command, str(size(first.model)), described, verdicts)
+    page = pages.Page(command, str(size(first.model)), described, verdicts, UNVISITED)
     print(pages.summary(page))
     if options.write:
         pages.write(page, options.write)

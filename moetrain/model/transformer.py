@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import UserError, config
+from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import Linear, RMSNorm, Rope, RopeConfig, SwiGLU
@@ -47,12 +48,12 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}: "
-                f"use one of {_divisors(self.num_heads)}"
+                f"use one of {divisors(self.num_heads)}"
             )
         if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}: use one of "
-                f"{_divisors(self.dim)} or set model.head_dim"
+                f"{divisors(self.dim)} or set model.head_dim"
             )
         if self.width_of_heads % 2:
             raise UserError(
@@ -148,11 +149,14 @@ class Vocabulary(nn.Module):
 class Embedding(Vocabulary):
     def forward(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
+        weight = self.weight
+        if weight.device.type == "cpu":  # whose backward adds up a row's gradients in the dtype of the table
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.group is None:
-            return F.embedding(tokens_BS, self.weight).to(dtype)
+            return F.embedding(tokens_BS, weight).to(dtype)
         row_BS = tokens_BS - self.first_row
-        here_BS = (row_BS >= 0) & (row_BS < self.weight.shape[0])
-        x_BSD = F.embedding(torch.where(here_BS, row_BS, 0), self.weight).to(dtype)
+        here_BS = (row_BS >= 0) & (row_BS < weight.shape[0])
+        x_BSD = F.embedding(torch.where(here_BS, row_BS, 0), weight).to(dtype)
         return comm.scatter_sum(torch.where(here_BS[..., None], x_BSD, 0), dim=1, group=self.group)
 
 
@@ -226,7 +230,8 @@ def token_losses(logits_BSV: Tensor, targets_BS: Tensor, *, rows: Vocabulary | N
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, widened a few rows at a time, which stay in a core's cache; the vocabulary may be split."""
+    """Summed cross-entropy, widened a few rows at a time, on a CPU those that stay in a core's cache. The vocabulary
+    may be split."""
 
     @staticmethod
     def forward(ctx, logits_TV: Tensor, targets_T: Tensor, first_row: int, group: ProcessGroup | None) -> Tensor:
@@ -264,9 +269,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _row_blocks(x_TV: Tensor) -> list[slice]:
-    step = max(1, 2**17 // x_TV.shape[1])
+    step = max(1, (2**17 if x_TV.device.type == "cpu" else 2**27) // x_TV.shape[1])
     return [slice(start, start + step) for start in range(0, x_TV.shape[0], step)]
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

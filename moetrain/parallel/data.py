@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard
 
 from moetrain import comm
 from moetrain.config import UserError, config
+from moetrain.layouts import views
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
 
@@ -80,8 +81,16 @@ class _ReduceScatter(ReduceScatter):
 def summed(name: str, mesh: Mesh) -> dict[str, str | int]:
     """What FSDP2 does with a parameter, in the words of its ``Held``: the axes it sums over, the copy of this rank."""
     view, axes = ("experts", "edp") if ".moe.experts." in name else ("fsdp", "dp*cp")
-    many = mesh.group(view, "replicate", "shard") is not None
+    sizes = views(mesh.layout)[view]
+    many = sizes["replicate"] * sizes["shard"] > 1
     return {"fsdp": axes if many else "", "replica": mesh.index(view, "replicate")}
+
+
+def reshard(model: Transformer) -> None:
+    """After a forward that no backward follows: units that wait for one are put back into shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def set_last_micro_batch(model: Transformer, last: bool, *, sharding: ShardingConfig) -> None:

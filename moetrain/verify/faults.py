@@ -196,7 +196,9 @@ def balance_counts_locally() -> Swaps:
 @_fault("rotary positions begin at 0 on every context rank", _CP)
 def positions_restart() -> Swaps:
     right = Rope.forward
-    return [(Rope, "forward", lambda self, position_S: right(self, torch.arange(len(position_S))))]
+    return [
+        (Rope, "forward", lambda self, position_S: right(self, torch.arange(len(position_S), device=position_S.device)))
+    ]
 
 
 @_fault("gathered keys stay in the order of ranks, not of positions", _CP)

@@ -94,4 +94,4 @@ def _by_kind(far: Errors, near: Errors) -> dict[str, float]:
 def _ratio(a: float, b: float) -> float:
     if a == 0:
         return 0.0
-    return a / b if b > 0 and math.isfinite(a) else math.inf
+    return a / b if b > 0 and math.isfinite(a) and math.isfinite(b) else math.inf

@@ -14,6 +14,7 @@ from typing import Any
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
+from moetrain.layouts import divisors
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
 
@@ -145,15 +146,10 @@ def _layouts(ranks: int) -> list[tuple[int, ...]]:
     """The sizes of ``Numbers.axes`` of every layout of at most so many ranks."""
     found = []
     for stage in range(1, ranks + 1):
-        triples = [(a, b, stage // (a * b)) for a in _divisors(stage) for b in _divisors(stage // a)]
+        triples = [(a, b, stage // (a * b)) for a in divisors(stage) for b in divisors(stage // a)]
         for pp, (dp, cp, tp), (edp, ep, etp) in itertools.product(range(1, ranks // stage + 1), triples, triples):
-            found += [(pp, dp, cp, tp, ep, etp, edp, copies, dp // copies) for copies in _divisors(dp)]
+            found += [(pp, dp, cp, tp, ep, etp, edp, copies, dp // copies) for copies in divisors(dp)]
     return found
-
-
-@functools.cache
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _least(found: list[Numbers], key: Callable[[Numbers], Any]) -> list[Numbers]:
@@ -211,7 +207,7 @@ def _each(**ranges: Iterable[int]) -> Iterator[_Changes]:
 @functools.cache
 def _heads() -> list[_Changes]:
     """Fewest heads first."""
-    return [{"num_heads": heads, "num_kv_heads": kv} for heads in range(1, 65) for kv in _divisors(heads)]
+    return [{"num_heads": heads, "num_kv_heads": kv} for heads in range(1, 65) for kv in divisors(heads)]
 
 
 def _widths(n: Numbers) -> Iterator[_Changes]:

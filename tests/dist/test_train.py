@@ -78,8 +78,8 @@ def curve(rank: int, world: int, cfg: Config, steps: int = STEPS, resume: Path |
         if world > 1:
             dist.all_reduce(parts)
         found.append([*parts.tolist(), result.norm.item(), *result.load_LE.tolist()])
-    run.save()
     found[-1] += [score.nats_per_token for score in run.validate().values()]
+    run.save()
     return found
 
 

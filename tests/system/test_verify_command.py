@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
-from moetrain.cli.verify import PP, _cases, _parser, _trials
+from moetrain.cli.verify import PP, UNVISITED, _cases, _parser, _trials
 from moetrain.layouts import count_legal
 from moetrain.verify.report import parse
 
@@ -87,9 +87,8 @@ def test_a_sweep_prints_a_line_a_layout_and_writes_a_page(capsys, tmp_path) -> N
     text = page.read_text()
     assert "moetrain verify " in text
     assert "| 2 | 9 | 15 | 0 | 0 | 3 |" in text
-    assert (
-        "## Gaps\n\n| feature | dimension | cause |\n|---|---|---|\n| three heads | tp=2 | layout.tp=2 does not" in text
-    )
+    assert f"## Gaps\n\nNot visited: {UNVISITED}.\n\n| feature | dimension | cause |\n|---|---|---|\n" in text
+    assert "| three heads | tp=2 | layout.tp=2 does not" in text
     found = parse(page)
     assert len(found) == 2 * n
     assert ("plain", "dp=2 ep=2", "same") in found

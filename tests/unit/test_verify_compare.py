@@ -207,7 +207,7 @@ def noisy(run: Run, amount: float, seed: int) -> Run:
     return other
 
 
-@pytest.mark.parametrize(("amount", "same"), [(0.01, True), (0.03, False)])
+@pytest.mark.parametrize(("amount", "same"), [(0.01, True), (0.1, False)])
 def test_bfloat16_is_held_against_one_rank_in_bfloat16(run, tmp_path, amount, same) -> None:
     exact = write(run, tmp_path / "exact")
     alone = write(noisy(run, 0.01, 2), tmp_path / "alone")

@@ -56,7 +56,8 @@ class Capacity(Dispatcher):
     ) -> tuple[Rows, Ticket]:
         (T, K), (E, J), R = routing.ids_TK.shape, target_EJ.shape, comm.size(group)
         S = T // tokens.num_sequences
-        rows_per_scope = min(S, math.ceil(self.factor * S * comm.size(tokens.group) * K / E))
+        whole = S * comm.size(tokens.group)  # multiplied first, as where it is decided who is kept: one rounding
+        rows_per_scope = min(S, math.ceil(self.factor * whole * K / E))
         C = tokens.num_sequences * rows_per_scope
         place_TK, keep_TK = self._place(routing, tokens)
 

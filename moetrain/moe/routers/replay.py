@@ -21,7 +21,7 @@ class Replay(TopK):
 
     def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
         """(T, E) -> Routing with the recorded ids of (step, layer, sample); raises ``UserError`` where none is."""
-        table, first, steps = _read(self.path)
+        table, first, steps = _read(self.path, _changed(self.path))
         if f"{ctx.step}.{layer}" not in table:
             raise UserError(
                 f"model.moe.router.path={self.path}: holds no choices for step {ctx.step}, layer {layer} "
@@ -47,8 +47,16 @@ def save_choices(path: Path, choices: dict[int, dict[int, Tensor]], *, first_sam
     save_file(tensors, path)
 
 
+def _changed(path: str) -> int:
+    """When the file was written: another recording under the same name is read again."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 @cache
-def _read(path: str) -> tuple[dict[str, Tensor], dict[int, int], list[int]]:
+def _read(path: str, changed: int) -> tuple[dict[str, Tensor], dict[int, int], list[int]]:
     try:
         table = load_file(path)
     except (OSError, SafetensorError) as e:
