@@ -29,7 +29,11 @@ REPEATS, WARMUP, INPUTS = 20, 5, 3
 def layer_of(shape: tuple[int, ...], device: torch.device) -> MoE:
     _, D, F, E, K = shape
     with torch.device(device):
-        layer = MoE(MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=K), kernel=Kernel.torch), dim=D, layer=0)
+        layer = MoE(
+            MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=K, renormalize=K > 1), kernel=Kernel.torch),
+            dim=D,
+            layer=0,
+        )
     layer.to(torch.bfloat16)
     with torch.no_grad():
         for p in layer.parameters():

@@ -24,7 +24,9 @@ def run(device: torch.device, dispatcher, k: int, masked: bool) -> dict[str, Ten
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     layer = MoE(
-        MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=k), dispatcher=dispatcher), dim=D, layer=0
+        MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=k, renormalize=k > 1), dispatcher=dispatcher),
+        dim=D,
+        layer=0,
     ).double()
     with torch.no_grad():
         for p in layer.parameters():
