@@ -75,7 +75,7 @@ def jobs(draw, world: int) -> Config:
     return load(parts | {"seed": draw(st.integers(0, 9))}, Config)
 
 
-@pytest.mark.parametrize(("world", "examples"), [(2, 10), (4, 14), (8, 4)])
+@pytest.mark.parametrize(("world", "examples"), [(2, 8), (4, 8), (8, 2)])
 def test_any_legal_layout_of_any_model_is_the_run_of_one_rank(ranks, tmp_path_factory, world, examples) -> None:
     pool = Pool(ranks(world))
 
@@ -97,8 +97,8 @@ def commit() -> str:
     return os.environ.get("GIT_COMMIT") or found.stdout.strip() or "no commit"
 
 
-@pytest.mark.parametrize("world", [4, 8])
-def test_a_sample_of_the_layouts_drawn_by_the_commit(ranks, tmp_path, world) -> None:
+@pytest.mark.parametrize(("world", "number"), [(4, 4), (8, 2)])
+def test_a_sample_of_the_layouts_drawn_by_the_commit(ranks, tmp_path, world, number) -> None:
     """Of docs/verified.md: other layouts at each commit, over time all of them."""
     drawn = random.Random(f"{commit()} {world}")
     cfg = compose(["experiment=verified"])
@@ -106,7 +106,7 @@ def test_a_sample_of_the_layouts_drawn_by_the_commit(ranks, tmp_path, world) -> 
     cfg = replace(cfg, model=replace(cfg.model, moe=replace(cfg.model.moe, dispatcher=load(dispatcher, Dispatcher))))
     pool = Pool(ranks(world))
     reference = make_reference(cfg, pool, tmp_path / "reference")
-    for layout in drawn.sample(legal(world, pp=1), 3):
+    for layout in drawn.sample(legal(world, pp=1), number):
         print(f"{name}: {layout}")
         check(verify(layout, reference, pool, tmp_path / "layout"))
 
