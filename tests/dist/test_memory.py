@@ -55,9 +55,9 @@ def activations(small_corpus, tmp_path_factory) -> float:
 
 
 LAYOUTS = {
-    2: [{"tp": 2}, {"dp": 2, "ep": 2}, {"cp": 2, "etp": 2}],
-    4: [{"dp": 4}, {"dp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}],
-    8: [{"dp": 8, "ep": 2}, {"dp": 4, "tp": 2, "ep": 2, "replicate": 2}],
+    2: [{"tp": 2}, {"cp": 2, "etp": 2}],
+    4: [{"dp": 4}, {"dp": 2, "tp": 2, "ep": 2}],
+    8: [{"dp": 4, "tp": 2, "ep": 2, "replicate": 2}],
 }
 
 
