@@ -9,6 +9,8 @@ These are the pairs of tensor and sequence parallelism (arXiv 1909.08053, 2205.0
 that every rank goes on with.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch.distributed import ProcessGroup
 # torch 2.13 names them *_single and warns about the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_OfDim = Callable[[Tensor, int, ProcessGroup], Tensor]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -30,26 +34,17 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(g_MD, ctx.send, ctx.recv, ctx.group), None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Along(torch.autograd.Function):
+    """``there(x, dim, group)``, whose gradient goes ``back`` the same way."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gathered(x, dim, group)
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, there: _OfDim, back: _OfDim) -> Tensor:
+        ctx.dim, ctx.group, ctx.back = dim, group, back
+        return there(x, dim, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _scattered_sum(g, ctx.dim, ctx.group), None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _scattered_sum(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _gathered(g, ctx.dim, ctx.group), None, None
+        return ctx.back(g, ctx.dim, ctx.group), None, None, None, None
 
 
 class _AllSum(torch.autograd.Function):
@@ -70,14 +65,14 @@ def _exchange(x: Tensor, recv: list[int] | None, send: list[int] | None, group: 
 
 
 def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _along(_all_gather, x, dim, x.shape[dim] * group.size(), group)
+    return _of_dim(_all_gather, x, dim, x.shape[dim] * group.size(), group)
 
 
 def _scattered_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _along(reduce_scatter, x, dim, x.shape[dim] // group.size(), group)
+    return _of_dim(reduce_scatter, x, dim, x.shape[dim] // group.size(), group)
 
 
-def _along(collective, x: Tensor, dim: int, size: int, group: ProcessGroup) -> Tensor:
+def _of_dim(collective, x: Tensor, dim: int, size: int, group: ProcessGroup) -> Tensor:
     """A collective of dim 0, of any dim; ``size`` is that of the result. Never a view, contiguous."""
     rest = [*x.shape[:dim], *x.shape[dim + 1 :]]
     source = x.movedim(dim, 0).contiguous()
@@ -100,12 +95,12 @@ def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, 
 
 def gather(x: Tensor, *, dim: int, group: ProcessGroup | None) -> Tensor:
     """The group's shards of ``dim``, put together in rank order on every rank; the gradient is summed and cut."""
-    return x if group is None else _Gather.apply(x, dim, group)  # pyright: ignore
+    return x if group is None else _Along.apply(x, dim, group, _gathered, _scattered_sum)  # pyright: ignore
 
 
 def scatter_sum(x: Tensor, *, dim: int, group: ProcessGroup | None) -> Tensor:
     """This rank's shard of ``dim`` of the group's sum; the size of ``dim`` is a multiple of the group's."""
-    return x if group is None else _ScatterSum.apply(x, dim, group)  # pyright: ignore
+    return x if group is None else _Along.apply(x, dim, group, _scattered_sum, _gathered)  # pyright: ignore
 
 
 def all_sum(x: Tensor, *, group: ProcessGroup | None) -> Tensor:

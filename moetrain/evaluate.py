@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from moetrain import comm
 from moetrain.data.bigram import Bigram
 from moetrain.data.corpus import Corpus
-from moetrain.data.loader import IGNORED, Validation
+from moetrain.data.loader import IGNORED, Batch, Validation
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer, token_losses
 from moetrain.moe.types import Context
@@ -26,6 +28,21 @@ class Score:
         return f"{self.nats_per_token:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte"
 
 
+def summed_loss(model: Transformer, batch: Batch, part: Part, *, rows: Tensor | None = None, **known: Any) -> Tensor:
+    """() summed loss of this rank's part of a micro-batch's rows; tp ranks all return that of the same targets.
+
+    ``rows`` (B,) bool leaves rows out; ``known`` are the other fields of the micro-batch's Context.
+    """
+    device = part.position_S.device
+    ctx = Context(
+        sample_B=batch.sample_B, position_S=part.position_S, mask_BS=part.mask(rows, batch=len(batch.sample_B)),
+        pieces=part.pieces, length=part.length, documents_BP=part.documents(batch.documents_BS), **known,
+    )  # fmt: skip
+    logits_BSV = model(to_device(part.take(batch.tokens_BS, fill=0), device), ctx)
+    targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), device)
+    return token_losses(logits_BSV, targets_BS, rows=model.predicts)
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, part: Part, *, micro_batch: int, step: int) -> Score:
     """Loss over a held-out set. Collective: every rank runs the same number of forwards, padded where it has less."""
@@ -34,14 +51,9 @@ def evaluate(model: Transformer, held_out: Validation, mesh: Mesh, part: Part, *
     for first in range(0, held_out.num_samples, dp * micro_batch):
         batch = held_out.batch(first + index * micro_batch, micro_batch)
         rows = None if batch.mask_BS is None or bool(batch.mask_BS.all()) else batch.mask_BS[:, 0]
-        ctx = Context(
-            step=step, micro_batch=0, sample_B=batch.sample_B, position_S=part.position_S, routed_tokens=1.0,
-            training=False, mask_BS=part.mask(rows, batch=micro_batch), pieces=part.pieces, length=part.length,
-            documents_BP=part.documents(batch.documents_BS),
+        total += summed_loss(
+            model, batch, part, rows=rows, step=step, micro_batch=0, routed_tokens=1.0, training=False
         )  # fmt: skip
-        logits_BSV = model(to_device(part.take(batch.tokens_BS, fill=0), mesh.device), ctx)
-        targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), mesh.device)
-        total += token_losses(logits_BSV, targets_BS, rows=model.predicts)
     total *= mesh.index("dense", "tp") == 0  # tp ranks know the loss of the same targets
     comm.all_reduce_(total, group=mesh.group("dense", "dp", "cp", "tp"))
     return _score(total.item(), held_out)

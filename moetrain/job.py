@@ -12,7 +12,7 @@ from moetrain import parallel as parallelism
 from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
-from moetrain.mesh import Layout
+from moetrain.layouts import Layout
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.optim import OptimConfig
 from moetrain.parallel import state

@@ -9,19 +9,16 @@ from torch import Tensor
 
 from moetrain import __version__, checkpoint, comm
 from moetrain import config as configs
-from moetrain.data.loader import IGNORED
-from moetrain.evaluate import Score, evaluate
+from moetrain.evaluate import Score, evaluate, summed_loss
 from moetrain.job import Config, Data, batch_at, check, check_same_data, checkpoints
 from moetrain.logical import Logical
 from moetrain.mesh import Mesh
 from moetrain.model.init import initialize
-from moetrain.model.transformer import token_losses
-from moetrain.moe.types import Context
 from moetrain.optim import Optimizer, clip_scale, grad_norm
 from moetrain.parallel import parallelize, state
 from moetrain.parallel.context import Part
 from moetrain.parallel.data import reshard, set_last_micro_batch
-from moetrain.world import World, allow_fixed_order, fixed_order, to_device
+from moetrain.world import World, allow_fixed_order, fixed_order
 
 
 @dataclass(frozen=True)
@@ -104,22 +101,17 @@ class Trainer:
         seen: Seen | None = None,
     ) -> Tensor:
         """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
-        t, device = self.cfg.train, self.world.device
-        batch = self.data.loader.batch(first, t.micro_batch)
+        batch = self.data.loader.batch(first, self.cfg.train.micro_batch)
         if seen is not None:
             seen.ids.append({})
             seen.scores.append({})
             seen.positions_S = self.part.position_S
-        ctx = Context(
-            step=self.steps, micro_batch=m, sample_B=batch.sample_B, position_S=self.part.position_S,
-            routed_tokens=routed_tokens, seed=self.cfg.seed, mask_BS=self.part.mask(None, batch=t.micro_batch),
-            pieces=self.part.pieces, length=self.part.length, documents_BP=self.part.documents(batch.documents_BS),
-            ids=None if seen is None else seen.ids[-1], scores=None if seen is None else seen.scores[-1],
-        )  # fmt: skip
-        logits_BSV = self.model(to_device(self.part.take(batch.tokens_BS, fill=0), device), ctx)
-        targets_BS = to_device(self.part.take(batch.targets_BS, fill=IGNORED), device)
-        loss = token_losses(logits_BSV, targets_BS, rows=self.model.predicts) / targets
-        with fixed_order(device, on=t.deterministic):
+        loss = summed_loss(
+            self.model, batch, self.part, step=self.steps, micro_batch=m, routed_tokens=routed_tokens,
+            seed=self.cfg.seed, ids=None if seen is None else seen.ids[-1],
+            scores=None if seen is None else seen.scores[-1],
+        ) / targets  # fmt: skip
+        with fixed_order(self.world.device, on=self.cfg.train.deterministic):
             loss.backward()
         # tp ranks all know the loss of the same targets: one of them has it in its share
         return loss.detach() * (self.mesh.index("dense", "tp") == 0)

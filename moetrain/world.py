@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.config import UserError
-from moetrain.mesh import Layout
+from moetrain.layouts import Layout
 
 
 class Device(Enum):

@@ -82,7 +82,7 @@ class Placement:
     slots_RS: Tensor  # (R, S) int64
     owner_E: Tensor  #  (E,) int64
     span: int
-    _device_tables: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _device_tables: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         E = self.owner_E.numel()
@@ -109,7 +109,7 @@ class Placement:
 
         Peers are the ranks of its span, each ``etp`` times: J = etp ranks hold a slice of an expert's width each.
         """
-        table = self._device_tables.get((rank, device))
+        table = self._device_tables.get((rank, etp, device))
         if table is None:
             start = rank // self.span * self.span
             row = self.slots_RS[start : start + self.span].flatten()
@@ -117,7 +117,7 @@ class Placement:
             target_E = torch.empty_like(self.owner_E).scatter_(0, row[at].flip(0), at.flip(0))
             peer_E1, slot_E1 = target_E[:, None] // self.num_slots, target_E[:, None] % self.num_slots
             table = (peer_E1 * etp + torch.arange(etp, device=row.device)) * self.num_slots + slot_E1
-            self._device_tables[rank, device] = table = table.to(device)
+            self._device_tables[rank, etp, device] = table = table.to(device)
         return table
 
 

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from moetrain import comm, train
 from moetrain.config import UserError, nearest
 from moetrain.job import Config
-from moetrain.mesh import Layout, Mesh
+from moetrain.layouts import Layout
+from moetrain.mesh import Mesh
 from moetrain.model import attention, transformer
 from moetrain.model.attention import QKNorm
 from moetrain.model.layers import RMSNorm, Rope
@@ -295,7 +296,8 @@ def qk_norm_per_rank() -> Swaps:
     ),
 )
 def capacity_per_rank() -> Swaps:
-    return [(capacity, "_before", lambda chosen_TE, tokens: torch.zeros_like(chosen_TE, dtype=torch.int64))]
+    right = capacity._of_sequence
+    return [(capacity, "_of_sequence", lambda chosen_TE, tokens: (None, right(chosen_TE, tokens)[1]))]
 
 
 @_fault(

@@ -12,7 +12,8 @@ import moetrain.moe  # noqa: F401 (registers the options)
 from moetrain import counter
 from moetrain.config import OPTIONS
 from moetrain.kernels import Kernel
-from moetrain.mesh import Layout, Mesh
+from moetrain.layouts import Layout
+from moetrain.mesh import Mesh
 from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.routers.topk import Score, TopK
 from moetrain.moe.types import Context

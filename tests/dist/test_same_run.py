@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from test_verify import Pool
 
 from moetrain.cli.compose import compose
+from moetrain.cli.verify import _cases, _parser, _trials
 from moetrain.config import load, replace
 from moetrain.job import Config
 from moetrain.layouts import Layout, broken_rule, legal
 from moetrain.mesh import Mesh
+from moetrain.model.flops import size
 from moetrain.model.transformer import Transformer
 from moetrain.moe.types import Dispatcher
 from moetrain.parallel import ShardingConfig, parallelize, shape
@@ -151,6 +154,23 @@ def test_the_page_of_verified_layouts_is_whole() -> None:
     assert {verdict for _, _, verdict in page} == {"same"}
     shapes = shape(compose(["experiment=verified"]).model, ContextConfig())
     assert [n for world in (1, 2, 4, 8, 16) for n in legal(world, pp=1) if broken_rule(n, shapes)] == []
+
+
+def test_the_page_is_what_make_verified_writes() -> None:
+    """Its command is the Makefile's, its model the config's, and it has the layouts that the command would visit."""
+    page, makefile = (ROOT / "docs/verified.md").read_text(), (ROOT / "Makefile").read_text()
+    recipe = makefile.partition("\nverified:")[2].partition("-m moetrain ")[2].partition(" $(ARGS)")[0]
+    command = shlex.split(page.partition("```bash\n")[2].partition("\n```")[0])
+    assert command == ["moetrain", *shlex.split(recipe.replace("\\\n", " "))]
+    assert f"- model: {size(compose(['experiment=verified']).model)}\n" in page
+    options, _ = _parser().parse_known_args(command[2:])
+    visited = [
+        (name, words(n))
+        for name, case in _cases(options).items()
+        for layouts in _trials(case, options.seed).values()
+        for n in layouts
+    ]
+    assert sorted(visited) == sorted((case, layout) for case, layout, _ in parse(ROOT / "docs/verified.md"))
 
 
 def undeclared(rank: int, world: int) -> str:

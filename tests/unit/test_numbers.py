@@ -16,8 +16,8 @@ from moetrain import counter
 from moetrain.config import UserError, load
 from moetrain.job import Config, TrainConfig, batch_at
 from moetrain.kernels import Kernel, choose
+from moetrain.layouts import Layout, slices, views
 from moetrain.logical import Chunk, Logical
-from moetrain.mesh import Layout, slices, views
 from moetrain.model.flops import flops_per_token, size
 from moetrain.model.init import initialize
 from moetrain.model.layers import Rope, RopeConfig, Scaling

@@ -104,28 +104,30 @@ class Capacity(Dispatcher):
         chosen_TE = ids_TK.new_zeros(T, E + 1, dtype=torch.int32).scatter_(1, ids_TK, 1)
         queue_TE = chosen_TE.view(B, S, E + 1).cumsum(1, dtype=torch.int32).view(T, E + 1)
         place_TK = queue_TE.gather(1, ids_TK).long() - 1
-        real_B: int | Tensor = S * comm.size(tokens.group)
-        if tokens.mask_T is not None:
-            real_B = comm.all_reduce_(tokens.mask_T.view(B, S).sum(1), group=tokens.group)
-        in_row_TK = place_TK
-        if tokens.group is not None:
-            in_row_TK = place_TK + _before(chosen_TE, tokens).gather(1, ids_TK)
-        if isinstance(real_B, int):
-            return place_TK, (in_row_TK < math.ceil(self.factor * real_B * K / E)) & (ids_TK < E)
+        whole = S * comm.size(tokens.group)
+        before_TE, real_B = _of_sequence(chosen_TE, tokens)
+        early_TK = place_TK if before_TE is None else place_TK + before_TE.gather(1, ids_TK)
+        if real_B is None:
+            return place_TK, (early_TK < math.ceil(self.factor * whole * K / E)) & (ids_TK < E)
         capacity_B = torch.ceil(self.factor * real_B.double() * K / E).long()
-        return place_TK, (in_row_TK < capacity_B.repeat_interleave(S)[:, None]) & (ids_TK < E)
+        return place_TK, (early_TK < capacity_B.repeat_interleave(S)[:, None]) & (ids_TK < E)
 
 
-def _before(chosen_TE: Tensor, tokens: Tokens) -> Tensor:
-    """(T, E) int64: assignments of the same sequence at earlier positions on other ranks. One all-gather of counts."""
-    B, runs, E = tokens.num_sequences, tokens.stretches, chosen_TE.shape[1]
-    run = chosen_TE.shape[0] // (B * runs)
-    load_LBE = chosen_TE.view(B, runs, run, E).sum(2).transpose(0, 1)  # L: the stretches of all ranks
-    start_L = tokens.position_S.view(runs, run)[:, 0]
-    table = torch.cat([start_L[:, None, None].expand(-1, 1, E), load_LBE], 1)
-    table = comm.all_gather(table.contiguous(), group=tokens.group).flatten(0, 1)
+def _of_sequence(chosen_TE: Tensor, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+    """(T, E) int64: assignments of the same sequence at earlier positions on other ranks, None alone; and its real
+    tokens (B,) int64, None without padding. One all-gather of counts."""
+    B, runs = tokens.num_sequences, tokens.stretches
+    real_LBE = None if tokens.mask_T is None else tokens.mask_T.view(B, runs, -1).sum(2).t()[:, :, None]
+    if tokens.group is None:
+        return None, None if real_LBE is None else real_LBE.sum((0, 2))
+    run, E = chosen_TE.shape[0] // (B * runs), chosen_TE.shape[1]
+    start_L = tokens.position_S.view(runs, run)[:, 0]  # L: the stretches of all ranks
+    load_LBE = chosen_TE.view(B, runs, run, E).sum(2).transpose(0, 1)
+    columns = [start_L[:, None, None].expand(-1, B, 1), load_LBE, *([] if real_LBE is None else [real_LBE])]
+    table = comm.all_gather(torch.cat(columns, 2), group=tokens.group).flatten(0, 1)
     earlier_LL = table[:, 0, 0][None, :] < start_L[:, None]  # of mine, which others come before
     mine = torch.arange(runs, device=start_L.device) + comm.rank(tokens.group) * runs
     earlier_LL[:, mine] = False  # a rank's own are counted in its queue
-    before_LBE = torch.einsum("lm,mbe->lbe", earlier_LL.double(), table[:, 1:].double()).long()
-    return before_LBE.transpose(0, 1).repeat_interleave(run, 1).reshape(-1, E)
+    before_LBE = torch.einsum("lm,mbe->lbe", earlier_LL.double(), table[:, :, 1 : E + 1].double()).long()
+    before_TE = before_LBE.transpose(0, 1).repeat_interleave(run, 1).reshape(-1, E)
+    return before_TE, None if real_LBE is None else table[:, :, -1].sum(0)
