@@ -45,7 +45,7 @@ test: check-python
 	run ruff check .; \
 	run ruff format --check .; \
 	run pyright --pythonpath $(PY); \
-	run pytest -v -ra $(ARGS); \
+	run pytest -v -ra -n auto --maxprocesses 4 --dist loadfile $(ARGS); \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 # Sampled beside the whole sets: float64, context parallelism by heads, 12 and 16 ranks, bf16.

@@ -44,7 +44,7 @@ GRACE = 1.0
 class RankPool:
     """Persistent forked ranks; killed and forked anew after a failure."""
 
-    def __init__(self, world: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, world: int, *, timeout: float = 300.0) -> None:
         self.world = world
         self.timeout = timeout
         self._processes: list[Any] = []

@@ -13,7 +13,7 @@ BIG = MODEL | {
     "dim": 128, "num_layers": 3, "num_heads": 8, "num_kv_heads": 8, "dense_hidden": 1024,
     "moe": MODEL["moe"] | {"hidden": 512, "shared_hidden": 256},
 }  # fmt: skip
-TINY_BATCH = TRAIN | {"batch": 8, "micro_batch": 1, "seq_len": 4, "dtype": "float32"}
+TINY = TRAIN | {"micro_batch": 1, "seq_len": 4, "dtype": "float32"}
 
 
 def cuts(cfg: Config, name: str, world: int) -> tuple[int, int]:
@@ -29,8 +29,7 @@ def cuts(cfg: Config, name: str, world: int) -> tuple[int, int]:
 def measure(rank: int, world: int, cfg: Config) -> dict[str, float]:
     before = livemem.alive()
     run = trainer(rank, world, cfg)
-    for _ in range(2):
-        run.step()
+    run.step()
     resident = livemem.alive() - before
     with livemem.Peak() as peak:
         run.step()
@@ -49,7 +48,7 @@ def measure(rank: int, world: int, cfg: Config) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def activations(small_corpus, tmp_path_factory) -> float:
     """Bytes of a micro-batch's activations and temporaries: one rank's peak without its gradients."""
-    one = measure(0, 1, config(small_corpus, tmp_path_factory.mktemp("m") / "1", model=BIG, train=TINY_BATCH))
+    one = measure(0, 1, config(small_corpus, tmp_path_factory.mktemp("m") / "1", model=BIG, train=TINY | {"batch": 2}))
     assert one["resident"] == pytest.approx(one["promised"], rel=0.05)
     return one["peak"] - one["grads"]
 
@@ -66,7 +65,8 @@ def test_resident_and_peak(ranks, small_corpus, tmp_path: Path, activations, wor
     for layout in LAYOUTS[world]:
         for accumulate in ("sharded", "local"):
             sharding = {"accumulate": accumulate}
-            cfg = config(small_corpus, tmp_path, model=BIG, train=TINY_BATCH, layout=layout, sharding=sharding)
+            train = TINY | {"batch": 2 * layout.get("dp", 1)}
+            cfg = config(small_corpus, tmp_path, model=BIG, train=train, layout=layout, sharding=sharding)
             for got in ranks(world).run(measure, cfg):
                 words = f"{layout} {accumulate} {got} activations {activations}"
                 assert got["resident"] == pytest.approx(got["promised"], rel=0.05), words
