@@ -26,10 +26,6 @@ from moetrain.verify.ranks import LocalRanks, Ranks, TheseRanks
 from moetrain.verify.session import ALONE, FailedError, Reference, Verdict, make_reference, verify
 from moetrain.world import join, launched, wanted_ranks
 
-PP = 1
-"""Pipeline degrees that a sweep visits: raised when pipelines land."""
-UNVISITED = "layouts with pp > 1, since pipeline parallelism is not built yet"
-
 USAGE = """usage: moetrain verify [OPTION ...] [KEY=VALUE ...]
 
 One training step under the config's layout and one on a single rank, from the same weights on the same samples:
@@ -52,8 +48,8 @@ def _parser() -> _Options:
     add("--full", action="store_true", help="at the config's own shapes; without it they shrink first")
     add("--dtype", choices=[d.value for d in DType], help="compute in this, in place of train.dtype")
     add("--all-layouts", metavar="N[,N]", help="every legal layout of N ranks; layout keys are ignored")
-    add("--case", action="append", default=[], metavar="NAME[@N[,N][/K]]:KEY=VALUE ...",
-        help="sweep this variant of the config too; on these ranks, on a sample of K")  # fmt: skip
+    add("--case", action="append", default=[], metavar="NAME[@N[,N][ pp=P[,P]][/K]]:KEY=VALUE ...",
+        help="sweep this variant of the config; on these ranks, of these depths, a sample of K")  # fmt: skip
     add("--sample", type=int, metavar="K", help="only K of the layouts, drawn by --seed")
     add("--seed", type=int, default=0, metavar="S")
     add("--write", type=Path, metavar="FILE", help="write a sweep as a page of markdown")
@@ -159,7 +155,7 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     described = {
         name: pages.Case(case.where, configs[name].train.dtype.value, case.overrides) for name, case in cases.items()
     }
-    page = pages.Page(command, str(size(first.model)), described, verdicts, UNVISITED)
+    page = pages.Page(command, str(size(first.model)), described, verdicts)
     print(pages.summary(page))
     if options.write:
         pages.write(page, options.write)
@@ -173,12 +169,14 @@ class _Case:
 
     overrides: str
     worlds: tuple[int, ...]
+    depths: tuple[int, ...]  # of the pipeline; none = any
     sample: int | None
 
     @property
     def where(self) -> str:
         ranks = ", ".join(map(str, self.worlds))
-        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}"
+        depths = f", pp = {', '.join(map(str, self.depths))}" if self.depths else ""
+        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}{depths}"
 
 
 def _cases(options: argparse.Namespace) -> dict[str, _Case]:
@@ -186,15 +184,16 @@ def _cases(options: argparse.Namespace) -> dict[str, _Case]:
     everywhere = _worlds(options.all_layouts, f"--all-layouts {options.all_layouts}")
     found: dict[str, _Case] = {}
     for text in options.case:
-        shape = re.fullmatch(r"([\w .,-]+?)(?:@([\d,]+)(?:/(\d+))?)? *:(.*)", text, re.DOTALL)
-        if not shape or shape[1] in found or shape[3] == "0":
+        shape = re.fullmatch(r"([\w .,-]+?)(?:@([\d,]+)(?: pp=([\d,]+))?(?:/(\d+))?)? *:(.*)", text, re.DOTALL)
+        if not shape or shape[1] in found or shape[4] == "0":
             raise UserError(
-                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS/SAMPLE:KEY=VALUE ..., with a name of its "
-                f"own, of letters and digits"
+                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS pp=DEPTHS/SAMPLE:KEY=VALUE ..., with a name "
+                f"of its own, of letters and digits"
             )
         worlds = _worlds(shape[2], f"--case {text!r}") if shape[2] else everywhere
-        found[shape[1]] = _Case(shape[4].strip(), worlds, int(shape[3]) if shape[3] else options.sample)
-    return found or {"config": _Case("", everywhere, options.sample)}
+        depths = _worlds(shape[3], f"--case {text!r}") if shape[3] else ()
+        found[shape[1]] = _Case(shape[5].strip(), worlds, depths, int(shape[4]) if shape[4] else options.sample)
+    return found or {"config": _Case("", everywhere, (), options.sample)}
 
 
 def _worlds(text: str, where: str) -> tuple[int, ...]:
@@ -208,7 +207,7 @@ def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
     """Ranks -> the layouts to visit, in a fixed order."""
     found = {}
     for world in case.worlds:
-        layouts = legal(world, pp=PP)
+        layouts = [n for n in legal(world) if not case.depths or n.pp in case.depths]
         if case.sample is not None and case.sample < len(layouts):
             drawn = random.Random(seed).sample(range(len(layouts)), case.sample)
             layouts = [layouts[i] for i in sorted(drawn)]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain import deferred
 from moetrain.moe.rows import gather
 from moetrain.moe.types import Rows
 
@@ -21,8 +22,18 @@ def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
 def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
     """(M, I) rows by slot, (S, O, I) "out, in" -> (M, O)."""
     if x_MI.device.type == "cpu" and x_MI.dtype in (torch.bfloat16, torch.float16):
-        return _RoundedRows.apply(x_MI, w_SOI, offsets_S)  # pyright: ignore[reportReturnType]
-    return F.grouped_mm(x_MI, w_SOI.transpose(1, 2), offs=offsets_S)
+        ends = offsets_S.tolist()
+        return deferred.product(
+            x_MI, w_SOI,
+            y=lambda x, w: _RoundedRows.apply(x, w, ends),  # pyright: ignore[reportArgumentType]
+            d_x=lambda g, w: _by_slot(g, w, ends), d_w=lambda g, x: _weights_by_slot(g, x, ends),
+        )  # fmt: skip
+    return deferred.product(
+        x_MI, w_SOI,
+        y=lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=offsets_S),
+        d_x=lambda g, w: F.grouped_mm(g, w, offs=offsets_S),
+        d_w=lambda g, x: F.grouped_mm(g.t(), x, offs=offsets_S),
+    )  # fmt: skip
 
 
 class _RoundedRows(torch.autograd.Function):
@@ -31,22 +42,24 @@ class _RoundedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MI, w_SOI, offsets_S)
-        return _by_slot(x_MI, w_SOI.transpose(1, 2), offsets_S.tolist())
+    def forward(ctx, x_MI: Tensor, w_SOI: Tensor, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x_MI, w_SOI)
+        ctx.ends = ends
+        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MI, w_SOI, offsets_S = ctx.saved_tensors
-        ends = offsets_S.tolist()
-        d_x_MI = _by_slot(g_MO, w_SOI, ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return d_x_MI, None, None
-        d_w_SOI = torch.empty_like(w_SOI)
-        for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
-            torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
-        return d_x_MI, d_w_SOI, None
+        x_MI, w_SOI = ctx.saved_tensors
+        d_x_MI = _by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
+        return d_x_MI, _weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
+
+
+def _weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
+    d_w_SOI = g_MO.new_empty(len(ends), g_MO.shape[1], x_MI.shape[1])
+    for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
+        torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
+    return d_w_SOI
 
 
 def _by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:

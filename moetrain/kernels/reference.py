@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain import deferred
 from moetrain.moe.rows import gather
 from moetrain.moe.types import Rows
 
@@ -14,9 +15,9 @@ def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor) -> Tensor:
     ends = rows.offsets_S.tolist()
     parts, start = [], 0
     for end, gate_up_2FD, down_DF in zip(ends, gate_up_S2FD, down_SDF, strict=True):
-        gate_MF, up_MF = (F.linear(x_MD[start:end], w_FD) for w_FD in gate_up_2FD)
+        gate_MF, up_MF = (deferred.linear(x_MD[start:end], w_FD) for w_FD in gate_up_2FD)
         hidden_MF = F.silu(gate_MF) * up_MF * rows.weights_M[start:end, None].to(x_MD.dtype)
-        parts.append(F.linear(hidden_MF, down_DF))
+        parts.append(deferred.linear(hidden_MF, down_DF))
         start = end
     parts.append(x_MD.new_zeros(x_MD.shape[0] - start, x_MD.shape[1]))
     return torch.cat(parts)

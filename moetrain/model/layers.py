@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, deferred
 from moetrain.config import UserError, config
 
 
@@ -67,7 +67,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return deferred.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class SwiGLU(nn.Module):

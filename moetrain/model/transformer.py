@@ -2,7 +2,7 @@
 is parallel: modules hold ``group: ProcessGroup | None``, set by ``parallel/``; ``None`` means alone."""
 
 import math
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, deferred
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
@@ -170,38 +170,67 @@ def score(x_BSD: Tensor, rows: Vocabulary) -> Tensor:
     """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad."""
     real = max(0, min(rows.weight.shape[0], rows.size - rows.first_row))
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
-    logits_BSV = F.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
+    logits_BSV = deferred.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
     return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A run of consecutive layers; the ``first`` one begins with the embedding, the ``last`` ends with the head."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
 class Transformer(nn.Module):
+    """What a rank has of the model: the whole, or its ``stages`` of a pipeline. Names are those of the whole."""
+
     ulysses: bool = False
 
-    def __init__(self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32, stages: tuple[Stage, ...] | None = None
+    ) -> None:
         """``dtype`` is what it computes in; weights keep the dtype they are given."""
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
-        self.embedding = Embedding(cfg)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in range(cfg.num_layers)})
-        self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else Head(cfg)
+        self.stages = stages or (Stage(range(cfg.num_layers)),)
+        first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("first", "last"))
+        self.embedding = Embedding(cfg) if first or (last and cfg.tie_embeddings) else None
+        layers = sorted(i for stage in self.stages for i in stage.layers)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in layers})
+        self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps) if last else None
+        self.head = Head(cfg) if last and not cfg.tie_embeddings else None
         self.rope = Rope(cfg.rope, head_dim=cfg.width_of_heads)
 
-    def forward(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
-        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary; S before sequence parallelism."""
-        x_BSD = self.embedding(tokens_BS, self.dtype)
-        shared = self.shared(ctx, tokens_BS)
-        carry: Carry = {}
-        for block in self.blocks.values():
-            x_BSD, carry = block(x_BSD, carry, ctx, shared)
-        x_BSD = self.norm(x_BSD)
-        return score(x_BSD, self.embedding) if self.head is None else self.head(x_BSD)
+    def forward(
+        self, x: Tensor, ctx: Context, carry: Carry | None = None, stage: Stage | None = None
+    ) -> Tensor | tuple[Tensor, Carry]:
+        """One of its stages, by default the whole: (B, S) int64 -> (B, S, V) logits of this rank's rows of the
+        vocabulary, S before sequence parallelism.
 
-    def shared(self, ctx: Context, tokens_BS: Tensor) -> Shared:
-        """The rotary tables and the attention plan of a micro-batch."""
-        device, pieces = tokens_BS.device, ctx.pieces or ((0, tokens_BS.shape[1]),)
+        A stage that is not the first takes the one's before (B, S, D) shard and carry, one that is not the last returns
+        them.
+        """
+        stage = stage or self.stages[0]
+        passed: Carry = carry or {}
+        shared = self.shared(ctx, x)
+        if stage.first:
+            assert self.embedding is not None
+            x = self.embedding(x, self.dtype)
+        for i in stage.layers:
+            x, passed = self.blocks[str(i)](x, passed, ctx, shared)
+        if not stage.last:
+            return x, passed
+        assert self.norm is not None
+        x = self.norm(x)
+        return score(x, self.predicts) if self.head is None else self.head(x)
+
+    def shared(self, ctx: Context, x: Tensor) -> Shared:
+        """The rotary tables and the attention plan of a micro-batch, whose tokens or shard of activations ``x`` is."""
+        device, pieces = x.device, ctx.pieces or ((0, x.shape[1]),)
         cos, sin = self.rope(torch.cat([torch.arange(*piece, device=device) for piece in pieces]))
-        length = ctx.length or tokens_BS.shape[1]
+        length = ctx.length or x.shape[1]
         seen = ((0, length),) if self.ulysses else pieces
         visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
         return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
@@ -209,7 +238,9 @@ class Transformer(nn.Module):
     @property
     def predicts(self) -> Vocabulary:
         """Whose rows the logits are of."""
-        return self.embedding if self.head is None else self.head
+        rows = self.embedding if self.head is None else self.head
+        assert rows is not None, "only the last stage predicts"
+        return rows
 
     def moe_layers(self) -> list[MoE]:
         return [block.moe for block in self.blocks.values() if block.moe is not None]  # pyright: ignore

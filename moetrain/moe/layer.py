@@ -32,6 +32,11 @@ class MoEConfig:
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
 
+    @property
+    def terms(self) -> dict[str, Balance]:
+        """The balance terms that add a loss."""
+        return {name: term for name, term in self.balance.items() if type(term).loss is not Balance.loss}
+
     def __post_init__(self) -> None:
         if self.router.top_k > self.num_experts:
             raise UserError(
@@ -58,7 +63,7 @@ class MoE(nn.Module):
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
-        self.terms = {name: term for name, term in cfg.balance.items() if type(term).loss is not Balance.loss}
+        self.terms = cfg.terms
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 

@@ -142,6 +142,11 @@ class Rows:
 class GateConfig(ABC):
     """Offers a gate: the parameters that turn x into logits."""
 
+    @property
+    def carries(self) -> dict[str, int]:
+        """Name -> width of the (B, S, width) tensors that it passes on; the first layer makes them, all pass them."""
+        return {}
+
     @abstractmethod
     def build(self, *, dim: int, num_experts: int) -> nn.Module:
         """A module whose forward is (x_TD, carry) -> (logits_TE in promote_types(x.dtype, float32), carry)."""

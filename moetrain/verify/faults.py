@@ -223,14 +223,14 @@ def padding_counted() -> Swaps:
     _if("masked documents or ignored tokens", lambda cfg, n: cfg.data.mask_documents or bool(cfg.data.ignore_tokens)),
 )
 def local_divisor() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
-    def wrong(self, m, first, *, targets, routed_tokens, seen=None):
+    def wrong(self, m, first, **rest):
         t = self.cfg.train
         own = self.data.loader.num_targets(first, t.micro_batch) * t.batch // t.micro_batch
-        return right(self, m, first, targets=own, routed_tokens=routed_tokens, seen=seen)
+        return right(self, m, first, **rest | {"targets": own})
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]
 
 
 @_fault(
@@ -260,13 +260,13 @@ def weights_by_rank() -> Swaps:
 
 @_fault("every data-parallel rank reads the same samples", _if("dp > 1", lambda cfg, n: n.dp > 1))
 def same_samples() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
     def wrong(self, m, first, **rest):
         share = self.cfg.train.batch // self.mesh.layout.dp
         return right(self, m, first - self.mesh.index("dense", "dp") * share, **rest)
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]
 
 
 @_fault("the softmax of the head sees this rank's slice of the vocabulary only", _TP)
@@ -308,11 +308,13 @@ def capacity_per_rank() -> Swaps:
     ),
 )
 def only_the_last_micro_batch() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
-    def wrong(self, m, first, *, targets, **rest):
+    def wrong(self, m, first, **rest):
+        found = right(self, m, first, **rest)
         last = self.cfg.train.batch // self.mesh.layout.dp // self.cfg.train.micro_batch - 1
-        nothing = 1.0 if m == last else 2.0**60
-        return right(self, m, first, targets=targets * nothing, **rest) * nothing
+        if m == last or not isinstance(found, torch.Tensor):
+            return found
+        return found.detach() + 0.0 * found
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]

@@ -103,7 +103,6 @@ class Page:
     model: str
     cases: dict[str, Case]
     verdicts: dict[str, list[Verdict]]
-    unvisited: str = ""  # legal layouts that a sweep leaves out, and why
 
     def counts(self) -> dict[str, int]:
         found: dict[str, int] = {"same": 0, "different": 0, "failed": 0, "gap": 0}
@@ -174,7 +173,6 @@ def write(page: Page, path: Path) -> None:
             what = v.kind if v.kind == "same" else f"{v.kind}: {_cell(cause(v.report) if v.report else v.error)}"
             lines.append(f"| {case} | {words(v.layout)} | {error} | {ties} | {what} |")
     lines += ["", "## Gaps", ""]
-    lines += [f"Not visited: {page.unvisited}.", ""] if page.unvisited else []
     gaps = [(case, v) for case, verdicts in page.verdicts.items() for v in verdicts if v.kind == "gap"]
     if gaps:
         lines += ["| feature | dimension | cause |", "|---|---|---|"]

@@ -184,7 +184,7 @@ def undeclared(rank: int, world: int) -> str:
 
     Transformer.__init__ = with_one_more
     try:
-        parallelize(cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), dtype=torch.float32)
+        parallelize(cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), stages=PipelineConfig(), dtype=torch.float32)
     except RuntimeError as e:
         return str(e)
     finally:
