@@ -48,8 +48,8 @@ def _parser() -> _Options:
     add("--full", action="store_true", help="at the config's own shapes; without it they shrink first")
     add("--dtype", choices=[d.value for d in DType], help="compute in this, in place of train.dtype")
     add("--all-layouts", metavar="N[,N]", help="every legal layout of N ranks; layout keys are ignored")
-    add("--case", action="append", default=[], metavar="NAME[@N[,N][ pp=P[,P]][/K]]:KEY=VALUE ...",
-        help="sweep this variant of the config; on these ranks, of these depths, a sample of K")  # fmt: skip
+    add("--case", action="append", default=[], metavar="NAME[@N[,N][ AXIS=D[,D] ...][/K]]:KEY=VALUE ...",
+        help="sweep this variant of the config; on these ranks, with these degrees, a sample of K")  # fmt: skip
     add("--sample", type=int, metavar="K", help="only K of the layouts, drawn by --seed")
     add("--seed", type=int, default=0, metavar="S")
     add("--write", type=Path, metavar="FILE", help="write a sweep as a page of markdown")
@@ -169,14 +169,14 @@ class _Case:
 
     overrides: str
     worlds: tuple[int, ...]
-    depths: tuple[int, ...]  # of the pipeline; none = any
+    degrees: dict[str, tuple[int, ...]]  # axis -> those to visit; an axis that is not there: all
     sample: int | None
 
     @property
     def where(self) -> str:
         ranks = ", ".join(map(str, self.worlds))
-        depths = f", pp = {', '.join(map(str, self.depths))}" if self.depths else ""
-        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}{depths}"
+        degrees = "".join(f", {axis} = {', '.join(map(str, of))}" for axis, of in self.degrees.items())
+        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}{degrees}"
 
 
 def _cases(options: argparse.Namespace) -> dict[str, _Case]:
@@ -184,16 +184,19 @@ def _cases(options: argparse.Namespace) -> dict[str, _Case]:
     everywhere = _worlds(options.all_layouts, f"--all-layouts {options.all_layouts}")
     found: dict[str, _Case] = {}
     for text in options.case:
-        shape = re.fullmatch(r"([\w .,-]+?)(?:@([\d,]+)(?: pp=([\d,]+))?(?:/(\d+))?)? *:(.*)", text, re.DOTALL)
+        shape = re.fullmatch(
+            r"([\w .,-]+?)(?:@([\d,]+)((?: +(?:pp|dp|cp|tp|ep|etp)=[\d,]+)*)(?:/(\d+))?)? *:(.*)", text, re.DOTALL
+        )
         if not shape or shape[1] in found or shape[4] == "0":
             raise UserError(
-                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS pp=DEPTHS/SAMPLE:KEY=VALUE ..., with a name "
-                f"of its own, of letters and digits"
+                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS AXIS=DEGREES/SAMPLE:KEY=VALUE ..., "
+                f"with a name of its own, of letters and digits"
             )
         worlds = _worlds(shape[2], f"--case {text!r}") if shape[2] else everywhere
-        depths = _worlds(shape[3], f"--case {text!r}") if shape[3] else ()
-        found[shape[1]] = _Case(shape[5].strip(), worlds, depths, int(shape[4]) if shape[4] else options.sample)
-    return found or {"config": _Case("", everywhere, (), options.sample)}
+        pairs = (word.split("=") for word in (shape[3] or "").split())
+        degrees = {axis: _worlds(of, f"--case {text!r}") for axis, of in pairs}
+        found[shape[1]] = _Case(shape[5].strip(), worlds, degrees, int(shape[4]) if shape[4] else options.sample)
+    return found or {"config": _Case("", everywhere, {}, options.sample)}
 
 
 def _worlds(text: str, where: str) -> tuple[int, ...]:
@@ -207,7 +210,7 @@ def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
     """Ranks -> the layouts to visit, in a fixed order."""
     found = {}
     for world in case.worlds:
-        layouts = [n for n in legal(world) if not case.depths or n.pp in case.depths]
+        layouts = [n for n in legal(world) if all(getattr(n, axis) in of for axis, of in case.degrees.items())]
         if case.sample is not None and case.sample < len(layouts):
             drawn = random.Random(seed).sample(range(len(layouts)), case.sample)
             layouts = [layouts[i] for i in sorted(drawn)]

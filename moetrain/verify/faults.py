@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from moetrain import comm, train
+from moetrain import comm, deferred, train
 from moetrain.config import UserError, nearest
 from moetrain.job import Config
 from moetrain.layouts import Layout
@@ -298,6 +298,52 @@ def qk_norm_per_rank() -> Swaps:
 def capacity_per_rank() -> Swaps:
     right = capacity._of_sequence
     return [(capacity, "_of_sequence", lambda chosen_TE, tokens: (None, right(chosen_TE, tokens)[1]))]
+
+
+@_fault(
+    "the gradient norm is that of a stage, not of all",
+    _if("pp > 1 and a clip", lambda cfg, n: n.pp > 1 and cfg.optim.clip > 0),
+)
+def norm_of_a_stage() -> Swaps:
+    right = train.Trainer._update
+
+    def wrong(self, loss, seen):
+        stage, norm = self.mesh.group("moe", "edp", "ep", "etp"), train.grad_norm
+        train.grad_norm = lambda grads, *, group, like: norm(grads, group=stage, like=like)
+        try:
+            return right(self, loss, seen)
+        finally:
+            train.grad_norm = norm
+
+    return [(train.Trainer, "_update", wrong)]
+
+
+@_fault(
+    "a backward in two parts counts the balance loss in both",
+    _if(
+        "pp > 1, a schedule that splits backwards and a balance loss",
+        lambda cfg, n: n.pp > 1 and cfg.pipeline.order.splits_backward and _balanced(cfg, Switch, Sequence),
+    ),
+)
+def balance_in_both_backwards() -> Swaps:
+    attach = layer.attach
+    return [(layer, "attach", lambda y, loss, *, weight: attach(y, loss, weight=weight * (1 + deferred._recording)))]
+
+
+@_fault(
+    "a tied embedding's gradients at the two ends of a pipeline are not summed",
+    _if(
+        "pp > 1, tied embeddings, the ends on two ranks",
+        lambda cfg, n: n.pp > 1 and cfg.model.tie_embeddings and not cfg.pipeline.order.is_v,
+    ),
+)
+def tied_ends_not_summed() -> Swaps:
+    right = state.sum_copies_
+
+    def wrong(grads, plan):
+        right({n: g for n, g in grads.items() if n != "embedding.weight"}, plan)
+
+    return [(state, "sum_copies_", wrong)]
 
 
 @_fault(

@@ -95,7 +95,7 @@ def facts(cfg: Config) -> Mapping[str, object]:
         "first_dense": m.first_dense > 0,
         "moe_every": m.moe_every > 1,
         "the last layer is MoE": m.is_moe(m.num_layers - 1),
-        "layers over pp": (m.num_layers % n.pp == 0, m.num_layers > n.pp),
+        "layers over stages": (m.num_layers % n.pp == 0, m.num_layers > n.pp),
         "stages without MoE": any(not set(stage) & set(layers) for stage in stages),
         "top_k": "1" if moe.router.top_k == 1 else "2" if moe.router.top_k == 2 else "more",
         "top_k < experts": moe.router.top_k < moe.num_experts,
