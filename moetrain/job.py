@@ -14,7 +14,7 @@ from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
 from moetrain.layouts import Layout
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.optim import OptimConfig
+from moetrain.optim import OptimConfig, check_saved
 from moetrain.parallel import state
 from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
@@ -204,6 +204,7 @@ def preflight(cfg: Config, *, world: int, log) -> None:
     newest = find_resume(cfg)
     if newest is not None:
         _check_same_model(cfg, newest)
+        check_saved(cfg.optim, checkpoint.read_index(newest), newest)
     data = open_data(cfg, log=log)
     if newest is not None:
         check_same_data(checkpoint.read_meta(newest), data, newest)

@@ -68,7 +68,10 @@ class Trainer:
         )  # fmt: skip
         self.model, self.plan, self.pipeline = parallel.model, parallel.plan, parallel.pipeline
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
-        self.optimizer = Optimizer(cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()})
+        self.optimizer = Optimizer(
+            cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()}, describe=self.describe,
+            group=self.mesh.group("fsdp", "replicate", "shard", "tp"),
+        )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
 

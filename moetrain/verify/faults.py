@@ -26,6 +26,7 @@ from moetrain.moe.balance.expert_bias import ExpertBias
 from moetrain.moe.balance.sequence import Sequence
 from moetrain.moe.balance.switch import Switch
 from moetrain.moe.dispatchers import capacity
+from moetrain.optim import Kind
 from moetrain.parallel import state
 from moetrain.parallel.context import Part
 from moetrain.parallel.plan import Held
@@ -256,6 +257,15 @@ def weights_by_rank() -> Swaps:
         right(tensors, cfg, seed=seed + torch.distributed.get_rank())
 
     return [(train, "initialize", wrong)]
+
+
+@_fault(
+    "Muon's updates are orthogonal shard by shard, not as whole matrices",
+    _if("optim.kind=muon and two ranks", lambda cfg, n: n.world > 1 and cfg.optim.kind is Kind.muon),
+)
+def muon_by_shard() -> Swaps:
+    right = train.Optimizer
+    return [(train, "Optimizer", lambda cfg, params, **rest: right(cfg, params))]
 
 
 @_fault("every data-parallel rank reads the same samples", _if("dp > 1", lambda cfg, n: n.dp > 1))

@@ -21,6 +21,7 @@ ORIGINALS = {
     "tp, norms over all heads": [*COMMON, "layout.dp=1", "layout.tp=8", "layout.ep=8", "model.qk_norm=full"],
     "cp and dp, expert TP": [*COMMON, "layout.dp=16", "layout.cp=8", "layout.ep=8", "layout.etp=16"],
     "dp": [*COMMON, "layout.dp=64"],
+    "dp, muon": [*COMMON, "layout.dp=64", "optim=muon"],
 }
 
 

@@ -75,6 +75,7 @@ def jobs(draw, world: int) -> Config:
     layout = {axis: getattr(n, axis) for axis in ("dp", "cp", "tp", "ep", "etp")} | {"replicate": replicate}
     context = {"method": "ulysses" if ulysses else "allgather"}
     parts = {"model": model, "layout": layout, "context": context, "sharding": sharding, "data": data, "train": train}
+    parts["optim"] = {"kind": pick("adamw", "muon")}
     return load(parts | {"seed": draw(st.integers(0, 9))}, Config)
 
 

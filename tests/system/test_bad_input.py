@@ -30,6 +30,12 @@ CASES = {
     "a string for a number": ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
     "a fraction for a count": ("train.steps=1.5", "train.steps: Value '1.5'"),
     "a value outside the list": ("train.dtype=float16", "expected one of [float32, bfloat16, float64]"),
+    "an unknown optimizer": ("optim.kind=moun", "expected one of [adamw, muon]"),
+    "an unknown file of optimizer choices": ("optim=muno", "did you mean 'muon'?"),
+    "an unknown dtype of optimizer state": ("optim.state_dtype=float16", "expected one of [float32, bfloat16]"),
+    "no Newton-Schulz step": ("optim=muon optim.muon.ns_steps=0", "optim.muon.ns_steps=0: has to be at least 1"),
+    "a momentum that never fades": ("optim=muon optim.muon.momentum=1", "has to be at least 0 and below 1"),
+    "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
     "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
     "a capacity factor of zero": ("dispatcher=capacity model.moe.dispatcher.factor=0", "has to be above 0"),
     "more experts per token than experts": (
@@ -117,6 +123,8 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_kept(finished, capsys
     capsys.readouterr()
     refused(capsys, [*finished, "model.dim=64"], says="is a checkpoint of another model")
     refused(capsys, [*finished, "model.moe.num_experts=8"], says="choose another run.name")
+    refused(capsys, [*finished, "optim=muon"], says="restore the optim.kind that it was trained with, or start anew")
+    refused(capsys, [*finished, "optim.state_dtype=bfloat16"], says="set optim.state_dtype=float32 to continue it")
     refused(capsys, [*finished, "train.seq_len=16"], says="was trained on other data, mix, seq_len or seed")
     refused(capsys, [*finished, "run.resume=never"], says="already holds step-00000002")
     assert contents(tmp_path / "default") == before
