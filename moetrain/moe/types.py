@@ -144,7 +144,7 @@ class GateConfig(ABC):
 
     @property
     def carries(self) -> dict[str, int]:
-        """Name -> width of the (B, S, width) tensors that it passes on; the first layer makes them, all pass them."""
+        """Name -> width of the (T, width) tensors that it passes on: each gate puts all of them into its carry."""
         return {}
 
     @abstractmethod

@@ -81,5 +81,4 @@ def parallelize(
         layer.begin_step(1)
     if pp == 1:
         return Parallel(model, held, None)
-    carried = cfg.moe.gate.carries if cfg.moe_layers else {}
-    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, width=cfg.dim, carried=carried, dtype=dtype))
+    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype))

@@ -105,19 +105,22 @@ class _InFlight:
 
 
 class Pipeline:
-    """This rank's part of a pipeline; ``width``: last dimension of what stages pass, ``carried``: name -> width."""
+    """This rank's part of a pipeline, of which ``every`` is all stages."""
 
     def __init__(
-        self, cfg: PipelineConfig, mesh: Mesh, every: list[Stage], *, width: int, carried: dict[str, int],
-        dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.cfg, self.pp, self.stages = cfg, mesh.layout.pp, every
+        self, pipeline: PipelineConfig, mesh: Mesh, every: list[Stage], *, cfg: ModelConfig, dtype: torch.dtype
+    ) -> None:
+        self.cfg, self.pp, self.stages, self.model = pipeline, mesh.layout.pp, every, cfg
         self.rank, self.device, self.dtype = mesh.index("dense", "pp"), mesh.device, dtype
         group = mesh.group("dense", "pp")
         assert group is not None, "a pipeline has two ranks at the least"
         self.group: ProcessGroup = group
         self.peers = dist.get_process_group_ranks(group)
-        self.widths = {"": width} | carried
+
+    def carried(self, s: int) -> dict[str, int]:
+        """Name -> width of what the gates up to stage s have to pass on."""
+        made = any(i < self.stages[s].layers.stop for i in self.model.moe_layers)
+        return self.model.moe.gate.carries if made else {}
 
     def step(
         self,
@@ -208,16 +211,14 @@ class _Run:
             flying.inputs = self._take(Kind.receive_forward, s, m)
             if torch.is_grad_enabled():
                 flying.inputs = [x.detach().requires_grad_() for x in flying.inputs]
-        names = list(self.pipe.widths)[1:]
-        found = self.forward(
-            m, stage, flying.inputs[0] if flying.inputs else None,
-            dict(zip(names, flying.inputs[1:], strict=True)) if flying.inputs else {},
-        )  # fmt: skip
+        x, *carry = flying.inputs or [None]
+        names = [] if stage.first else self.pipe.carried(s - 1)
+        found = self.forward(m, stage, x, dict(zip(names, carry, strict=True)))  # pyright: ignore[reportArgumentType]
         if isinstance(found, Tensor):
             outputs = [found]
             self.losses.append(found.detach())
         else:
-            outputs = [found[0], *(found[1][name] for name in names)]
+            outputs = [found[0], *(found[1][name] for name in self.pipe.carried(s))]
             self._put(Kind.send_forward, s, m, [y.detach() for y in outputs])
         if torch.is_grad_enabled():
             flying.outputs = [torch.autograd.graph.get_gradient_edge(y) for y in outputs]
@@ -265,8 +266,10 @@ class _Run:
     def _receive(self, kind: Kind, s: int, m: int) -> None:
         sender = s - 1 if kind is Kind.receive_forward else s + 1
         tensors, works = [], []
-        for i, width in enumerate(self.pipe.widths.values()):
-            x = torch.empty(*self.shape, width, dtype=self.pipe.dtype, device=self.pipe.device)
+        B, S = self.shape
+        carried = self.pipe.carried(s - 1 if kind is Kind.receive_forward else s)
+        for i, shape in enumerate([(B, S, self.pipe.model.dim), *((B * S, width) for width in carried.values())]):
+            x = torch.empty(shape, dtype=self.pipe.dtype, device=self.pipe.device)
             work = dist.irecv(x, self._peer(sender), group=self.pipe.group, tag=self._tag(kind, s, m, i))
             assert work is not None
             tensors.append(x)
@@ -279,4 +282,4 @@ class _Run:
     def _tag(self, kind: Kind, s: int, m: int, i: int) -> int:
         """One number a message; NCCL knows no tags and keeps the order, which is the same at both ends."""
         at = ((kind is Kind.receive_backward) * len(self.pipe.stages) + s) * self.micro_batches + m
-        return at * len(self.pipe.widths) + i
+        return at * (1 + len(self.pipe.model.moe.gate.carries)) + i
