@@ -12,7 +12,7 @@ from moetrain.data.bigram import Bigram
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import IGNORED, Batch, Validation
 from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer, token_losses
+from moetrain.model.transformer import Transformer
 from moetrain.moe.types import Context
 from moetrain.parallel.context import Part
 from moetrain.world import to_device
@@ -38,9 +38,8 @@ def summed_loss(model: Transformer, batch: Batch, part: Part, *, rows: Tensor | 
         sample_B=batch.sample_B, position_S=part.position_S, mask_BS=part.mask(rows, batch=len(batch.sample_B)),
         pieces=part.pieces, length=part.length, documents_BP=part.documents(batch.documents_BS), **known,
     )  # fmt: skip
-    logits_BSV = model(to_device(part.take(batch.tokens_BS, fill=0), device), ctx)
-    targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), device)
-    return token_losses(logits_BSV, targets_BS, rows=model.predicts)
+    tokens_BS, targets_BS = part.take(batch.tokens_BS, fill=0), part.take(batch.targets_BS, fill=IGNORED)
+    return model(to_device(tokens_BS, device), ctx, to_device(targets_BS, device))
 
 
 @torch.no_grad()

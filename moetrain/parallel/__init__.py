@@ -1,7 +1,8 @@
 """The order in which a model is made parallel. Read this file first.
 
     build on meta -> cut dense weights (tp) -> place experts (ep, etp) -> say who holds the rest of a sequence (cp)
-    -> shard storage (FSDP2: experts over edp, the rest over dp*cp) -> allocate
+    -> say what backward computes again (recompute) -> shard storage (FSDP2: experts over edp, the rest over dp*cp)
+    -> allocate
 
 Every parameter has one answer to "over which ranks is my gradient summed": its FSDP unit's axes, and where several
 ranks of tp hold the same elements, those (``plan.py``). Experts need no more: the all-to-all's backward has brought
@@ -16,9 +17,10 @@ from moetrain.config import UserError
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.parallel import context, data, expert, plan, tensor
+from moetrain.parallel import context, data, expert, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.recompute import RecomputeConfig
 
 
 def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
@@ -46,7 +48,13 @@ class Parallel:
 
 
 def parallelize(
-    cfg: ModelConfig, mesh: Mesh, *, sharding: ShardingConfig, context_cfg: ContextConfig, dtype: torch.dtype
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    sharding: ShardingConfig,
+    context_cfg: ContextConfig,
+    recompute_cfg: RecomputeConfig,
+    dtype: torch.dtype,
 ) -> Parallel:
     """This rank's part of the model, zeros everywhere. ``dtype`` is what it computes in. Collective.
 
@@ -57,6 +65,7 @@ def parallelize(
         model = Transformer(cfg, dtype=dtype).to(master)
         held = tensor.place(model, mesh) | expert.place(model, mesh, dtype=master)
     context.place(model, mesh, cfg=context_cfg)
+    recompute.place(model, cfg=recompute_cfg)
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, mesh)) for name, h in held.items()}

@@ -23,6 +23,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.moe.types import Dispatcher
 from moetrain.parallel import ShardingConfig, parallelize, shape
 from moetrain.parallel.context import ContextConfig
+from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.verify.report import parse, table, words
 from moetrain.verify.session import Verdict, make_reference, verify
 from moetrain.verify.shrink import shrink
@@ -184,7 +185,10 @@ def undeclared(rank: int, world: int) -> str:
 
     Transformer.__init__ = with_one_more
     try:
-        parallelize(cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), dtype=torch.float32)
+        parallelize(
+            cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), recompute_cfg=RecomputeConfig(),
+            dtype=torch.float32,
+        )  # fmt: skip
     except RuntimeError as e:
         return str(e)
     finally:
