@@ -97,6 +97,7 @@ class _InChunks(torch.autograd.Function):
             _slope(d_logits, targets.part(chunk), lse_T[chunk], g, out=d_logits)
             torch.mm(d_logits, weight, out=d_x_TD[chunk])
             _add_product_(d_weight_VD[: ctx.real_rows], d_logits, x)
+            del d_logits  # before the next chunk's are made
         return d_x_TD, d_weight_VD.to(weight_VD.dtype), *[None] * 5
 
 

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from test_train import MODEL, TRAIN, close, config, curve, error, trainer
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 import moetrain.moe  # noqa: F401 (registers the options)
 from moetrain import comm
 from moetrain.config import OPTIONS, UserError, load
 from moetrain.evaluate import summed_loss
 from moetrain.job import Config, check
-from moetrain.model import transformer
 from moetrain.model.loss import summed, summed_in_chunks
 from moetrain.moe.routers import topk
 from moetrain.moe.routers.replay import save_choices
@@ -35,6 +35,7 @@ RECOMPUTE = {
     "every part": EVERY_PART,
     "loss in chunks": {"loss_rows": 13},
 }
+SENT = {name: recompute for name, recompute in RECOMPUTE.items() if "layers" not in recompute}
 PARAMETERS = pytest.mark.parametrize("recompute", RECOMPUTE.values(), ids=RECOMPUTE)
 CASES: dict[str, dict] = {
     "dropless": {},
@@ -192,19 +193,54 @@ def collectives(rank: int, world: int, cfg: Config) -> tuple[Counter, Counter]:
 
 
 def test_what_is_sent_again(ranks, small_corpus, tmp_path) -> None:
-    """Of one MoE layer: the whole way to the experts and back; of attention the rows, not the results."""
+    """Of one MoE layer: the whole way to the experts and back; of attention the rows, not the results; of a gated
+    shared expert both."""
     model = MODEL | {"num_layers": 1, "first_dense": 0, "qk_norm": "none"}
     found = {}
-    for name, recompute in {"none": {}, "full": FULL, **RECOMPUTE}.items():
+    for name, recompute in {"none": {}, "all parts, loss in chunks": EVERY_PART | {"loss_rows": 5}, **SENT}.items():
         cfg = config(
-            small_corpus, tmp_path / "run", model=model, recompute=recompute | ({"layers": [0]} if "layers" in recompute else {}),
-            layout={"dp": 1, "tp": 2, "ep": 2},
+            small_corpus, tmp_path / "run", model=model, recompute=recompute, layout={"dp": 1, "tp": 2, "ep": 2},
         )  # fmt: skip
         found[name] = ranks(2).run(collectives, cfg)[0]
     first, back = found["none"]
     assert {forward == first for forward, _ in found.values()} == {True}, "forward sends what it always does"
     again = {name: dict(backward - back) for name, (_, backward) in found.items()}
-    print(first, back, again)
+    assert again.pop("none") == {}
+    experts = Counter(all_to_all=4, all_reduce=2, gather=1, scatter=1)
+    assert again.pop("all parts, loss in chunks") == experts + Counter(gather=1)
+    assert again == {
+        "full": experts + Counter(gather=1, scatter=1),
+        "selective": Counter(gather=1), "norm": Counter(gather=1), "attention, activation": Counter(gather=1),
+        "moe": experts, "every part": experts + Counter(gather=1), "loss in chunks": {},
+    }  # fmt: skip
+
+
+UNSHARD = "foreach_all_gather"
+
+
+def all_gathers(rank: int, world: int, cfg: Config) -> int:
+    """Of FSDP2's units in a step."""
+    run, calls, right = trainer(rank, world, cfg), [], getattr(_fsdp_param_group, UNSHARD)
+
+    def counted(*args):
+        calls.append(args)
+        return right(*args)
+
+    setattr(_fsdp_param_group, UNSHARD, counted)
+    try:
+        run.step()
+    finally:
+        setattr(_fsdp_param_group, UNSHARD, right)
+    return len(calls)
+
+
+def test_weights_are_gathered_as_often_as_without_recompute(ranks, small_corpus, tmp_path) -> None:
+    """A unit of experts that a block runs again stays gathered for its backward."""
+    found = {}
+    for name, recompute in {"none": {}, "full": FULL, "every part": EVERY_PART}.items():
+        cfg = config(small_corpus, tmp_path / "run", recompute=recompute, layout={"dp": 2})
+        found[name] = ranks(2).run(all_gathers, cfg)[0]
+    assert found["full"] == found["every part"] == found["none"] > 0
 
 
 LONG = {
@@ -217,7 +253,7 @@ LONG = {
 
 
 def peak(rank: int, world: int, cfg: Config) -> int:
-    """Bytes of activations at the peak of a step: without its gradients."""
+    """Bytes that a step has made, at its peak."""
     run = trainer(rank, world, cfg)
     run.step()
     with livemem.Peak() as watched:
@@ -229,13 +265,73 @@ def test_less_is_alive_the_more_is_computed_again(small_corpus, tmp_path) -> Non
     found = {}
     for name, recompute in {"none": {}, **RECOMPUTE}.items():
         found[name] = peak(0, 1, config(small_corpus, tmp_path / "run", recompute=recompute | {"loss_rows": 16}, **LONG))
-    print({k: round(v / 2**20, 2) for k, v in found.items()})
+    rest = found["full"]
+    assert rest < 0.5 * found["none"], found
+    assert rest < found["selective"] < 0.8 * found["none"], found
+    assert found["selective"] < found["norm"] < found["none"], found
+    assert found["every part"] < found["moe"] < 0.7 * found["none"], found
+    assert found["full"] < found["full, some layers, loss in chunks"] < found["none"], found
 
 
 def test_logits_are_never_whole(small_corpus, tmp_path) -> None:
     wide = LONG | {"model": LONG["model"] | {"vocab_size": 8192, "num_layers": 1}}
     found = {}
-    for rows in (0, 512, 256, 128, 64):
+    for rows in (0, 512, 256, 64):
         cfg = config(small_corpus, tmp_path / "run", recompute=FULL | {"loss_rows": rows}, **wide)
         found[rows] = peak(0, 1, cfg)
-    print({k: round(v / 2**20, 2) for k, v in found.items()})
+    logits = 1024 * 8192 * 4
+    assert found[0] > 2.5 * logits, "what they and their gradient take"
+    assert found[512] - found[256] == pytest.approx(256 * 8192 * 4, rel=0.01), "one chunk and nothing more"
+    assert found[64] < 0.4 * logits
+
+
+def inputs(dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_BSD, weight_VD = torch.randn(3, 50, 64, generator=generator), torch.randn(616, 64, generator=generator) * 0.3
+    targets_BS = torch.randint(600, (3, 50), generator=generator)
+    targets_BS[1, :7] = -100
+    return x_BSD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_BS
+
+
+def in_chunks(x: Tensor, weight: Tensor, targets: Tensor, step: int) -> list[Tensor]:
+    loss = summed_in_chunks(x, weight, targets, real_rows=600, first_row=0, group=None, step=step)
+    (loss * 0.01).backward()
+    return [loss.detach(), x.grad, weight.grad]  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("step", [1, 7, 64, 1000])
+def test_a_chunked_loss_is_exact_and_in_bfloat16_no_worse_than_a_whole_one(step) -> None:
+    x, weight, targets = inputs(torch.float64)
+    loss = summed(x @ weight[:600].t(), targets)
+    (loss * 0.01).backward()
+    want = [loss.detach(), x.grad, weight.grad]
+    for a, b in zip(in_chunks(*inputs(torch.float64), step), want, strict=True):
+        assert error(a, b) < 1e-13  # pyright: ignore[reportArgumentType]
+    (x, weight, targets), (x64, weight64, _) = inputs(torch.bfloat16), inputs(torch.bfloat16)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x64, weight64))
+    want = in_chunks(x64, weight64, targets, step)
+    whole = summed(x @ weight[:600].t(), targets)
+    (whole * 0.01).backward()
+    chunked = in_chunks(*inputs(torch.bfloat16), step)
+    for a, b, c in zip(chunked, [whole.detach(), x.grad, weight.grad], want, strict=True):
+        assert error(a, c) < max(1.1 * error(b, c), 1e-5)  # pyright: ignore[reportArgumentType]
+    assert chunked[1].dtype == chunked[2].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"mode": "selective", "parts": ["norm", "mlp"]}, r"recompute\.parts\[1\]='mlp' is not one of norm, attention"),
+        ({"mode": "selective", "parts": []}, r"parts=\[\] .* recomputes nothing: name some of norm"),
+        ({"mode": "full", "parts": ["norm"]}, r"parts=\[norm\] with recompute\.mode=full: only selective has parts"),
+        ({"mode": "selective", "parts": ["moe", "experts_activation"]}, r"leave out experts_activation"),
+        ({"layers": [1]}, r"layers=\[1\] with recompute\.mode=none"),
+        (FULL | {"layers": []}, r"layers=\[\] is no layer"),
+        (FULL | {"layers": [0, 3]}, r"layers=\[0, 3\]: 3 is not a layer of model\.num_layers=3, use 0 to 2"),
+        ({"loss_rows": -1}, r"loss_rows=-1: use 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, keys, said) -> None:
+    with pytest.raises(UserError, match=said):
+        check(config(tmp_path, tmp_path, recompute=keys), world=1)

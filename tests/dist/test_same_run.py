@@ -75,8 +75,11 @@ def jobs(draw, world: int) -> Config:
     sharding = {"dense": pick(2, 3), "experts": pick(2, 3), "accumulate": pick("local", "sharded")}
     layout = {axis: getattr(n, axis) for axis in ("dp", "cp", "tp", "ep", "etp")} | {"replicate": replicate}
     context = {"method": "ulysses" if ulysses else "allgather"}
+    recompute: dict = {"mode": pick("none", "full", "selective"), "loss_rows": pick(0, 5)}
+    if recompute["mode"] == "selective":
+        recompute["parts"] = pick(None, ["norm"], ["attention", "experts_activation"], ["norm", "attention", "moe"])
     parts = {"model": model, "layout": layout, "context": context, "sharding": sharding, "data": data, "train": train}
-    return load(parts | {"seed": draw(st.integers(0, 9))}, Config)
+    return load(parts | {"recompute": recompute, "seed": draw(st.integers(0, 9))}, Config)
 
 
 @pytest.mark.parametrize(("world", "examples"), [(2, 8), (4, 8), (8, 2)])
