@@ -165,6 +165,16 @@ def test_layouts_with_recompute_are_the_run_of_one_rank_without(ranks, small_cor
             close(got[0], want[name])
 
 
+def test_a_rank_whose_rows_of_the_vocabulary_are_all_padding(ranks, small_corpus, tmp_path) -> None:
+    model = MODEL | {"pad_vocab_to": 1024}
+    want = curve(0, 1, config(small_corpus, tmp_path / "one", model=model))
+    for tied in (False, True):
+        groups = {"model": model | {"tie_embeddings": tied}, "layout": {"dp": 1, "tp": 2}}
+        chunked = config(small_corpus, tmp_path / f"chunked{tied}", recompute={"loss_rows": 9}, **groups)
+        got = ranks(2).run(curve, chunked)[0]
+        close(got, ranks(2).run(curve, config(small_corpus, tmp_path / f"whole{tied}", **groups))[0] if tied else want)
+
+
 def collectives(rank: int, world: int, cfg: Config) -> tuple[Counter, Counter]:
     """How often each collective is called in a micro-batch's forward, and in its backward."""
     run = trainer(rank, world, cfg)
