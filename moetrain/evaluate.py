@@ -13,7 +13,7 @@ from moetrain.data.bigram import Bigram
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import IGNORED, Batch, Validation
 from moetrain.mesh import Mesh
-from moetrain.model.transformer import Stage, Transformer, token_losses
+from moetrain.model.transformer import Stage, Transformer
 from moetrain.moe.types import Carry, Context
 from moetrain.parallel.context import Part
 from moetrain.world import to_device
@@ -52,11 +52,9 @@ def summed_loss(
     )  # fmt: skip
     if x is None:
         x = to_device(part.take(batch.tokens_BS, fill=0), device)
-    found = model(x, ctx, carry, stage)
-    if not isinstance(found, Tensor):
-        return found
-    targets_BS = to_device(part.take(batch.targets_BS, fill=IGNORED), device)
-    return token_losses(found, targets_BS, rows=model.predicts)
+    targets_BS = part.take(batch.targets_BS, fill=IGNORED) if stage is None or stage.last else None
+    targets_BS = None if targets_BS is None else to_device(targets_BS, device)
+    return model(x, ctx, targets_BS, carry=carry, stage=stage)
 
 
 Rows = tuple[Batch, Tensor | None]

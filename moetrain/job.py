@@ -20,6 +20,7 @@ from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
 from moetrain.parallel.pipeline import check_enough
 from moetrain.parallel.plan import whole
+from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
@@ -103,6 +104,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -123,6 +125,7 @@ def check(cfg: Config, *, world: int) -> Layout:
     """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
     parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
+    parallelism.recompute.check(cfg.recompute, cfg.model)
     t, ramp = cfg.train, cfg.train.ramp
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}

@@ -64,7 +64,8 @@ class Trainer:
         self.part = Part.of(cfg.train.seq_len, self.mesh)
         self.dtype = cfg.train.dtype.torch
         parallel = parallelize(
-            cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline, dtype=self.dtype
+            cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
+            recompute_cfg=cfg.recompute, dtype=self.dtype,
         )  # fmt: skip
         self.model, self.plan, self.pipeline = parallel.model, parallel.plan, parallel.pipeline
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)

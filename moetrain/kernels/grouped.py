@@ -7,6 +7,7 @@ from torch import Tensor
 from moetrain import deferred
 from moetrain.moe.rows import gather
 from moetrain.moe.types import Rows
+from moetrain.rerun import rerun
 
 
 def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
@@ -90,9 +91,14 @@ def _round_up(rows: int) -> int:
 _ROWS = 64
 
 
-def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor) -> Tensor:
+def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-    gate_MF, up_MF = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S).chunk(2, dim=-1)
-    hidden_MF = F.silu(gate_MF) * up_MF * rows.weights_M[:, None].to(x_MD.dtype)
-    return _grouped_mm(hidden_MF, down_SDF, rows.offsets_S)
+    both_M2F = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S)
+    return rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+
+
+def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor) -> Tensor:
+    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
+    hidden_MF = F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype)
+    return _grouped_mm(hidden_MF, down_SDF, offsets_S)

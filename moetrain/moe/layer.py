@@ -85,10 +85,10 @@ class MoE(nn.Module):
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
         tokens = Tokens(x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group)
         logits_TE, carry = self.gate(x_TD, carry)
-        routing = self.cfg.router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        routing, again = self._route(logits_TE, ctx)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
-        if ctx.ids is not None and ctx.scores is not None:
+        if ctx.ids is not None and ctx.scores is not None and not again:
             ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
@@ -118,6 +118,16 @@ class MoE(nn.Module):
         """Between steps, given the step's global load (E,) int64: move the bias, plan the next placement."""
         for term in self.cfg.balance.values():
             self.bias_E.copy_(term.bias(self.bias_E, load_E))
+
+    def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
+        """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
+        router, chosen = self.cfg.router, ctx.chosen
+        if chosen is not None and self.layer in chosen:
+            return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
+        routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        if chosen is not None:
+            chosen[self.layer] = routing.ids_TK.int()
+        return routing, False
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
         total = None

@@ -1,7 +1,8 @@
 """The order in which a model is made parallel. Read this file first.
 
     deal layers to stages (pp) -> build this rank's on meta -> cut dense weights (tp) -> place experts (ep, etp)
-    -> say who holds the rest of a sequence (cp) -> shard storage (FSDP2: experts over edp, the rest over dp*cp)
+    -> say who holds the rest of a sequence (cp) -> say what backward computes again (recompute)
+    -> shard storage (FSDP2: experts over edp, the rest over dp*cp)
     -> allocate
 
 Every parameter has one answer to "over which ranks is my gradient summed": its FSDP unit's axes, and where several
@@ -17,9 +18,10 @@ from moetrain.config import UserError
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.parallel import context, data, expert, pipeline, plan, tensor
+from moetrain.parallel import context, data, expert, pipeline, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
 
 
@@ -54,6 +56,7 @@ def parallelize(
     sharding: ShardingConfig,
     context_cfg: ContextConfig,
     stages: PipelineConfig,
+    recompute_cfg: RecomputeConfig,
     dtype: torch.dtype,
 ) -> Parallel:
     """This rank's part of the model, zeros everywhere. ``dtype`` is what it computes in. Collective.
@@ -69,6 +72,7 @@ def parallelize(
     if cfg.tie_embeddings and pp > 1 and stages.rank_of(len(every) - 1, pp=pp) != 0:
         pipeline.tie(held, mesh)
     context.place(model, mesh, cfg=context_cfg)
+    recompute.place(model, cfg=recompute_cfg)
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, mesh)) for name, h in held.items()}

@@ -265,11 +265,23 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         cfg.train, batch=n.dp * n.micro_batch * n.accumulation, micro_batch=n.micro_batch, seq_len=n.seq_len
     )
     ignored = sorted({token % n.vocab_size for token in cfg.data.ignore_tokens})[: n.vocab_size // 8]
+    recompute = configs.replace(cfg.recompute, layers=_covered(cfg, n))
     return configs.replace(
-        cfg, model=model, train=train, data=configs.replace(cfg.data, ignore_tokens=ignored),
+        cfg, model=model, train=train, recompute=recompute, data=configs.replace(cfg.data, ignore_tokens=ignored),
         layout=configs.replace(cfg.layout, **{name: getattr(n, name) for name in _AXES}),
         pipeline=configs.replace(cfg.pipeline, stages=None),
     )  # fmt: skip
+
+
+def _covered(cfg: Config, n: Numbers) -> list[int] | None:
+    """The layers to recompute, of dense ones and of MoE ones: all where all were, the last where some were."""
+    if cfg.recompute.layers is None or n.num_layers == cfg.model.num_layers:
+        return cfg.recompute.layers
+    old, new, found = set(cfg.model.moe_layers), set(n.moe_layers), set()
+    for was, now in ((old, new), (set(range(cfg.model.num_layers)) - old, set(range(n.num_layers)) - new)):
+        if now and was & set(cfg.recompute.layers):
+            found |= now if was <= set(cfg.recompute.layers) else {max(now)}
+    return sorted(found) or [n.num_layers - 1]
 
 
 def _for_one_step(cfg: Config) -> Config:
@@ -289,5 +301,6 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("optim.warmup", "step 0 has the full learning rate", lambda cfg: cfg.optim.warmup),
     ("optim.decay", "step 0 has the full learning rate", lambda cfg: cfg.optim.decay),
     ("checkpoint.every", "nothing is saved", lambda cfg: cfg.checkpoint.every),
+    ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
     ("data.ignore_tokens", "ids below the new vocabulary's size", lambda cfg: len(cfg.data.ignore_tokens)),
 )

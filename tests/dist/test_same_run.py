@@ -23,6 +23,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.moe.types import Dispatcher
 from moetrain.parallel import ShardingConfig, parallelize, shape
 from moetrain.parallel.context import ContextConfig
+from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.verify.report import parse, table, words
 from moetrain.verify.session import Verdict, make_reference, verify
 from moetrain.verify.shrink import shrink
@@ -74,9 +75,12 @@ def jobs(draw, world: int) -> Config:
     sharding = {"dense": pick(2, 3), "experts": pick(2, 3), "accumulate": pick("local", "sharded")}
     layout = {axis: getattr(n, axis) for axis in ("dp", "cp", "tp", "ep", "etp")} | {"replicate": replicate}
     context = {"method": "ulysses" if ulysses else "allgather"}
+    recompute: dict = {"mode": pick("none", "full", "selective"), "loss_rows": pick(0, 5)}
+    if recompute["mode"] == "selective":
+        recompute["parts"] = pick(None, ["norm"], ["attention", "experts_activation"], ["norm", "attention", "moe"])
     parts = {"model": model, "layout": layout, "context": context, "sharding": sharding, "data": data, "train": train}
     parts["optim"] = {"kind": pick("adamw", "muon")}
-    return load(parts | {"seed": draw(st.integers(0, 9))}, Config)
+    return load(parts | {"recompute": recompute, "seed": draw(st.integers(0, 9))}, Config)
 
 
 @pytest.mark.parametrize(("world", "examples"), [(2, 8), (4, 8), (8, 2)])
@@ -185,7 +189,10 @@ def undeclared(rank: int, world: int) -> str:
 
     Transformer.__init__ = with_one_more
     try:
-        parallelize(cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), stages=PipelineConfig(), dtype=torch.float32)
+        parallelize(
+            cfg, mesh, sharding=ShardingConfig(), context_cfg=ContextConfig(), stages=PipelineConfig(),
+            recompute_cfg=RecomputeConfig(), dtype=torch.float32,
+        )  # fmt: skip
     except RuntimeError as e:
         return str(e)
     finally:
