@@ -53,6 +53,7 @@ def _parser() -> _Options:
     add("--sample", type=int, metavar="K", help="only K of the layouts, drawn by --seed")
     add("--seed", type=int, default=0, metavar="S")
     add("--write", type=Path, metavar="FILE", help="write a sweep as a page of markdown")
+    add("--append", action="store_true", help="to the end of the page that is there")
     add("--keep", type=Path, metavar="FOLDER", help="keep outcomes and logs there")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one step on the local ranks (120)")
     add("--inject", metavar="FAULT", help="plant a fault in the layout's ranks, to see it found")
@@ -158,7 +159,7 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     page = pages.Page(command, str(size(first.model)), described, verdicts)
     print(pages.summary(page))
     if options.write:
-        pages.write(page, options.write)
+        pages.write(page, options.write, append=options.append)
         print(f"written to {options.write}")
     return _code(page.all())
 
@@ -185,7 +186,9 @@ def _cases(options: argparse.Namespace) -> dict[str, _Case]:
     found: dict[str, _Case] = {}
     for text in options.case:
         shape = re.fullmatch(
-            r"([\w .,-]+?)(?:@([\d,]+)((?: +(?:pp|dp|cp|tp|ep|etp)=[\d,]+)*)(?:/(\d+))?)? *:(.*)", text, re.DOTALL
+            r"([\w .,-]+?)(?:@([\d,]+)((?: +(?:pp|dp|cp|tp|ep|etp|replicate)=[\d,]+)*)(?:/(\d+))?)? *:(.*)",
+            text,
+            re.DOTALL,
         )
         if not shape or shape[1] in found or shape[4] == "0":
             raise UserError(
@@ -210,7 +213,9 @@ def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
     """Ranks -> the layouts to visit, in a fixed order."""
     found = {}
     for world in case.worlds:
-        layouts = [n for n in legal(world) if all(getattr(n, axis) in of for axis, of in case.degrees.items())]
+        copies = case.degrees.get("replicate", (1,))
+        layouts = [replace(n, replicate=r) for n in legal(world) for r in copies if n.dp % r == 0]
+        layouts = [n for n in layouts if all(getattr(n, axis) in of for axis, of in case.degrees.items())]
         if case.sample is not None and case.sample < len(layouts):
             drawn = random.Random(seed).sample(range(len(layouts)), case.sample)
             layouts = [layouts[i] for i in sorted(drawn)]

@@ -262,7 +262,6 @@ class Transformer(nn.Module):
         Given targets, their () summed loss instead. By default all is one ``stage``; one that is not the first takes
         the (B, S, D) shard and the carry of the one before, one that is not the last returns them.
         """
-
         stage = stage or self.stages[0]
         passed: Carry = carry or {}
         shared = self.shared(ctx, x)

@@ -24,6 +24,7 @@ from moetrain.moe.types import Dispatcher
 from moetrain.parallel import ShardingConfig, parallelize, shape
 from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.recompute import RecomputeConfig
+from moetrain.parallel.schedules import PipelineConfig, Schedule, too_few
 from moetrain.verify.report import parse, table, words
 from moetrain.verify.session import Verdict, make_reference, verify
 from moetrain.verify.shrink import shrink
@@ -45,7 +46,10 @@ def check(verdict: Verdict) -> None:
 def jobs(draw, world: int) -> Config:
     """A legal layout of ``world`` ranks and a small model that it fits, shapes that nothing asks to divide included."""
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    n = draw(st.sampled_from(legal(world, pp=1)))
+    n = draw(st.sampled_from([n for n in legal(world) if n.pp <= 4]))
+    pipeline = PipelineConfig(schedule=draw(st.sampled_from([s.value for s in Schedule])), chunks=pick(1, 2, 3))
+    stages = n.pp * pipeline.stages_a_rank if n.pp > 1 else 1
+    enough = [m for m in (1, 2, 3, 4, 6, 8) if n.pp == 1 or not too_few(pipeline, pp=n.pp, micro_batches=m)]
     ulysses = draw(st.booleans())
     heads = n.tp * (n.cp if ulysses else 1) * pick(1, 2, 3)
     fits = [k for k in range(1, heads + 1) if heads % k == 0 and (k % n.tp == 0 or n.tp % k == 0)]
@@ -61,24 +65,25 @@ def jobs(draw, world: int) -> Config:
         "dispatcher": DISPATCHERS[draw(st.sampled_from(sorted(DISPATCHERS)))],
     }  # fmt: skip
     model = {
-        "vocab_size": pick(50, 64), "pad_vocab_to": pick(1, 8), "dim": pick(16, 18), "num_layers": pick(2, 3),
+        "vocab_size": pick(50, 64), "pad_vocab_to": pick(1, 8), "dim": pick(16, 18), "num_layers": max(2, stages) + pick(0, 1),
         "num_heads": heads, "num_kv_heads": draw(st.sampled_from(fits)), "head_dim": pick(2, 4),
         "qk_norm": pick("none", "head", "full"), "qkv_bias": draw(st.booleans()), "first_dense": pick(0, 1),
         "moe_every": pick(1, 1, 2), "dense_hidden": pick(8, 9), "tie_embeddings": draw(st.booleans()),
         "init_std": 0.1, "moe": moe,
     }  # fmt: skip
     train = {
-        "batch": n.dp * micro_batch * pick(1, 2), "micro_batch": micro_batch, "seq_len": draw(st.integers(2, 19)),
+        "batch": n.dp * micro_batch * draw(st.sampled_from(enough)), "micro_batch": micro_batch, "seq_len": draw(st.integers(2, 19)),
         "dtype": "float64", "device": "cpu",
     }  # fmt: skip
     data = {"mask_documents": draw(st.booleans()), "ignore_tokens": pick([], [3, 5])}
     sharding = {"dense": pick(2, 3), "experts": pick(2, 3), "accumulate": pick("local", "sharded")}
-    layout = {axis: getattr(n, axis) for axis in ("dp", "cp", "tp", "ep", "etp")} | {"replicate": replicate}
+    layout = {axis: getattr(n, axis) for axis in ("pp", "dp", "cp", "tp", "ep", "etp")} | {"replicate": replicate}
     context = {"method": "ulysses" if ulysses else "allgather"}
     recompute: dict = {"mode": pick("none", "full", "selective"), "loss_rows": pick(0, 5)}
     if recompute["mode"] == "selective":
         recompute["parts"] = pick(None, ["norm"], ["attention", "experts_activation"], ["norm", "attention", "moe"])
     parts = {"model": model, "layout": layout, "context": context, "sharding": sharding, "data": data, "train": train}
+    parts["pipeline"] = {"schedule": pipeline.schedule, "chunks": pipeline.chunks}
     parts["optim"] = {"kind": pick("adamw", "muon")}
     return load(parts | {"recompute": recompute, "seed": draw(st.integers(0, 9))}, Config)
 
