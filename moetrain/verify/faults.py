@@ -18,7 +18,7 @@ from moetrain.config import UserError, nearest
 from moetrain.job import Config
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
-from moetrain.model import attention, transformer
+from moetrain.model import attention, loss
 from moetrain.model.attention import QKNorm
 from moetrain.model.layers import RMSNorm, Rope
 from moetrain.moe import layer
@@ -287,7 +287,7 @@ def vocabulary_normalized_locally() -> Swaps:
         def __getattr__(self, name):
             return getattr(comm, name)
 
-    return [(transformer, "comm", Alone())]
+    return [(loss, "comm", Alone())]
 
 
 @_fault(

@@ -48,7 +48,25 @@ CASES = {
     ),
     "a layout whose expert view does not fit": ("layout.dp=2 layout.ep=4", "does not divide the 2 ranks there are"),
     "a degree below one": ("layout.ep=0", "layout.ep=0: a degree is at least 1"),
-    "an axis that is not built yet": ("layout.pp=2", "layout.pp=2: pipeline parallelism is not built yet"),
+    "more stages than layers": (
+        "layout.pp=2 pipeline.schedule=zbv",
+        "layout.pp=2 with 2 stages a rank (pipeline.schedule=zbv) makes 4 stages of model.num_layers=2 layers: each "
+        "takes at least one, lower layout.pp",
+    ),
+    "stages that do not add up": (
+        "layout.pp=2 pipeline.stages=[3,2]",
+        "pipeline.stages=[3, 2] is 2 stages of 5 layers, layout.pp=2 under pipeline.schedule=1f1b needs 2 of "
+        "model.num_layers=2: for example [1, 1]",
+    ),
+    "too few micro-batches for a schedule": (
+        "layout.pp=2 model.num_layers=4 pipeline.schedule=dualpipev train.batch=6 train.micro_batch=2",
+        "pipeline.schedule=dualpipev needs 2 * layout.pp = 4 micro-batches a step or more, there are 3: raise "
+        "train.batch, lower layout.dp or train.micro_batch, or choose another schedule",
+    ),
+    "a schedule that there is not": (
+        "layout.pp=2 pipeline.schedule=dualpipe",
+        "pipeline.schedule=dualpipe: no such schedule; did you mean",
+    ),
     "heads that tp does not divide": ("layout.tp=3", "layout.tp=3 does not divide model.num_heads="),
     "ulysses with too few heads": ("layout.cp=16 context.method=ulysses", "nearest legal: "),
     "one weight that is always 1": ("model.moe.router.top_k=1", "set model.moe.router.renormalize=false"),
