@@ -247,6 +247,9 @@ def describe(trainer: Trainer) -> list[str]:
         f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts, "
         f"top-{moe.router.top_k}; kernel {why}",
     ]
+    if trainer.pipeline:
+        sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)
+        lines.append(f"pipeline {cfg.pipeline.schedule}: {len(trainer.pipeline.stages)} stages of {sizes} layers")
     for name, corpus in trainer.data.corpora.items():
         lines.append(
             f"corpus {name}: {len(corpus.train):,} training tokens, {len(corpus.valid):,} held out, "

@@ -1,5 +1,6 @@
 """Data parallelism by FSDP2: experts over edp, everything else over dp*cp; every reduction is a plain SUM."""
 
+import itertools
 from enum import Enum
 
 import torch
@@ -66,6 +67,9 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             if mesh.device.type == "cpu":  # nothing overlaps here: hold no more than what is being computed
                 module.set_modules_to_backward_prefetch([module])
                 module.set_custom_reduce_scatter(_ReduceScatter())
+    if mesh.device.type != "cpu" and mesh.layout.pp > 1:
+        for stage in model.stages:
+            _prefetch_along(stage, model)
 
 
 class _ReduceScatter(ReduceScatter):
@@ -150,6 +154,16 @@ class Units:
         for group in _groups(unit):
             group.post_backward()
         unit.set_requires_gradient_sync(False, recurse=False)
+
+
+def _prefetch_along(stage: Stage, model: Transformer) -> None:
+    """Gather a stage's next block early: FSDP2's own guess is the order of the last forward, of any micro-batch."""
+    blocks = [block for i in stage.layers if isinstance(block := model.blocks[str(i)], FSDPModule)]
+    for block, after in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([block])
+    for block in blocks[:1]:
+        block.set_modules_to_backward_prefetch([block])
 
 
 def _add_up(unit: FSDPModule) -> None:

@@ -110,29 +110,31 @@ def commit() -> str:
     return os.environ.get("GIT_COMMIT") or found.stdout.strip() or "no commit"
 
 
-@pytest.mark.parametrize(("world", "number"), [(4, 4), (8, 2)])
-def test_a_sample_of_the_layouts_drawn_by_the_commit(ranks, tmp_path, world, number) -> None:
-    """Of docs/verified.md: other layouts at each commit, over time all of them."""
-    drawn = random.Random(f"{commit()} {world}")
-    cfg = compose(["experiment=verified"])
+@pytest.mark.parametrize(("world", "number"), [(4, 2), (8, 1)])
+@pytest.mark.parametrize("pipeline", [False, True], ids=["one stage", "pipeline"])
+def test_a_sample_of_the_layouts_drawn_by_the_commit(ranks, tmp_path, world, number, pipeline) -> None:
+    """Of docs/verified.md: other layouts and schedules at each commit, over time all of them."""
+    drawn = random.Random(f"{commit()} {world} {pipeline}")
+    schedule, deep = drawn.choice([s.value for s in Schedule]), ["model.num_layers=8", "train.batch=16"]
+    cfg = compose(["experiment=verified", *([f"pipeline.schedule={schedule}", *deep] if pipeline else [])])
     name, dispatcher = drawn.choice(sorted(DISPATCHERS.items()))
     cfg = replace(cfg, model=replace(cfg.model, moe=replace(cfg.model.moe, dispatcher=load(dispatcher, Dispatcher))))
     pool = Pool(ranks(world))
     reference = make_reference(cfg, pool, tmp_path / "reference")
-    for layout in drawn.sample(legal(world, pp=1), number):
-        print(f"{name}: {layout}")
+    for layout in drawn.sample([n for n in legal(world) if n.pp in ((2, 4) if pipeline else (1,))], number):
+        print(f"{name}, {schedule}: {layout}")
         check(verify(layout, reference, pool, tmp_path / "layout"))
 
 
 PUBLISHED = {
-    # arXiv 2504.14960's mapping of a stage: TP2 EP8 ETP1 (PP8), at 1,024 GPUs
-    "mixtral_8x22b": "layout.dp=64 layout.tp=2 layout.ep=8",
+    # arXiv 2504.14960's mapping: TP2 EP8 ETP1 PP8, at 1,024 GPUs
+    "mixtral_8x22b": "layout.pp=8 layout.dp=64 layout.tp=2 layout.ep=8 pipeline.schedule=interleaved",
     "mixtral_8x7b": "layout.dp=64 layout.ep=8",
-    # Megatron Bridge's guide: TP4 EP4 (PP2), TP1 EP8
-    "qwen3_30b_a3b": "layout.dp=16 layout.tp=4 layout.ep=4",
+    # Megatron Bridge's guide: TP4 EP4 PP2, TP1 EP8
+    "qwen3_30b_a3b": "layout.pp=2 layout.dp=16 layout.tp=4 layout.ep=4",
     "olmoe_1b_7b": "layout.dp=256 layout.ep=8",
-    # in the same manner: one expert a rank; long rows and expert TP
-    "qwen2_57b_a14b": "layout.dp=32 layout.tp=4 layout.ep=64",
+    # in the same manner: one expert a rank, zero bubble; long rows and expert TP
+    "qwen2_57b_a14b": "layout.pp=4 pipeline.schedule=zbv layout.dp=32 layout.tp=4 layout.ep=64",
     "deepseek_moe_16b": "layout.dp=16 layout.cp=4 layout.ep=32 layout.etp=2 dispatcher=capacity",
 }
 
@@ -156,30 +158,33 @@ def test_every_preset_has_a_layout_here() -> None:
 
 
 def test_the_page_of_verified_layouts_is_whole() -> None:
-    """Every legal layout of 1, 2, 4 and 8 ranks, for dropless and capacity dispatch; and all that is there is the same."""
+    """Every legal layout of 1, 2, 4 and 8 ranks, for dropless and capacity dispatch and with pp > 1 for four schedules,
+    and five dimensions on 16; and all that is there is the same."""
     page = parse(ROOT / "docs/verified.md")
     wanted = {words(n) for world in (1, 2, 4, 8) for n in legal(world, pp=1)}
     for case in ("dropless", "capacity"):
         assert {layout for name, layout, _ in page if name == case} == wanted, case
+    deep = {words(n) for world in (2, 4, 8) for n in legal(world) if n.pp > 1}
+    deep |= {words(n) for n in legal(16, pp=2) if (n.dp, n.cp, n.tp) == (2, 2, 2) and n.ep > 1 and n.etp < 4}
+    for schedule in ("1f1b", "interleaved", "zbv", "dualpipev"):
+        assert {layout for name, layout, _ in page if name.partition(",")[0] == schedule} == deep, schedule
     assert {verdict for _, _, verdict in page} == {"same"}
     shapes = shape(compose(["experiment=verified"]).model, ContextConfig())
     assert [n for world in (1, 2, 4, 8, 16) for n in legal(world, pp=1) if broken_rule(n, shapes)] == []
 
 
 def test_the_page_is_what_make_verified_writes() -> None:
-    """Its command is the Makefile's, its model the config's, and it has the layouts that the command would visit."""
+    """Its commands are the Makefile's, its model the config's, and it has the layouts that they would visit."""
     page, makefile = (ROOT / "docs/verified.md").read_text(), (ROOT / "Makefile").read_text()
-    recipe = makefile.partition("\nverified:")[2].partition("-m moetrain ")[2].partition(" $(ARGS)")[0]
-    command = shlex.split(page.partition("```bash\n")[2].partition("\n```")[0])
-    assert command == ["moetrain", *shlex.split(recipe.replace("\\\n", " "))]
+    recipes = [part.partition(" $(ARGS)")[0] for part in makefile.split("-m moetrain verify ")[1:]]
+    commands = [shlex.split(part.partition("\n```")[0]) for part in page.split("```bash\n")[1:]]
+    assert commands == [["moetrain", "verify", *shlex.split(recipe.replace("\\\n", " "))] for recipe in recipes]
     assert f"- model: {size(compose(['experiment=verified']).model)}\n" in page
-    options, _ = _parser().parse_known_args(command[2:])
-    visited = [
-        (name, words(n))
-        for name, case in _cases(options).items()
-        for layouts in _trials(case, options.seed).values()
-        for n in layouts
-    ]
+    visited = []
+    for command in commands:
+        options, _ = _parser().parse_known_args(command[2:])
+        for name, case in _cases(options).items():
+            visited += [(name, words(n)) for layouts in _trials(case, options.seed).values() for n in layouts]
     assert sorted(visited) == sorted((case, layout) for case, layout, _ in parse(ROOT / "docs/verified.md"))
 
 
