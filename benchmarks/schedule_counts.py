@@ -5,7 +5,7 @@ micro-batch. B = I + W, p ranks, m micro-batches, v stages a rank. An idle share
 ranks, the makespan from the first action of any rank to the end of the last.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moetrain.parallel.schedules import RECEIVED_AS, STEP, Action, Kind, Schedule, Table
@@ -124,23 +124,6 @@ def in_flight(actions: Sequence[Action], *, chunks: int) -> float:
         held += (kind is Kind.forward) - (kind in (Kind.backward, Kind.backward_weight))
         most = max(most, held)
     return most / chunks
-
-
-def sends_at_once(order: Table) -> Table:
-    """The same with each send directly after what it sends."""
-
-    def sooner(actions: Sequence[Action]) -> Iterator[Action]:
-        sends = {(RECEIVED_AS[a.kind], a.stage, a.micro_batch): a for a in actions if a.kind in RECEIVED_AS}
-        for action in actions:
-            kind, s, m = action
-            if kind not in RECEIVED_AS:
-                yield action
-            after = {Kind.forward: Kind.receive_forward, Kind.backward: Kind.receive_backward}
-            after[Kind.backward_input] = Kind.receive_backward
-            if kind in after and (send := sends.get((after[kind], s, m))):
-                yield send
-
-    return tuple(tuple(sooner(actions)) for actions in order)
 
 
 def drawing(lines: Sequence[Line], *, width: int = 104) -> list[str]:

@@ -18,7 +18,6 @@ from schedule_counts import (
     Line,
     Span,
     Times,
-    sends_at_once,
 )  # fmt: skip
 from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
@@ -125,7 +124,7 @@ def waits() -> Iterator[list[tuple[float, float]]]:
         pipeline._Run._take = take
 
 
-def measure(world: World, cases: list[Case], repetitions: int, *, at_once: bool) -> list[list[Run]]:
+def measure(world: World, cases: list[Case], repetitions: int) -> list[list[Run]]:
     """Of this rank: case -> repetition -> what it did."""
     found: list[list[Run]] = [[] for _ in cases]
     for repetition in range(repetitions + 1):
@@ -134,8 +133,6 @@ def measure(world: World, cases: list[Case], repetitions: int, *, at_once: bool)
             every = [Stage(range(s, s + 1), s == 0, s == count - 1) for s in range(count)]
             mesh = Mesh.build(Layout(pp=case.pp), rank=world.rank, world=world.size, device=world.device)
             pipe = Pipeline(case.config, mesh, every, cfg=ModelConfig(dim=DIM, num_layers=count), dtype=torch.float32)
-            if at_once:
-                pipe._order = _order_at_once(pipe, case)
             stages = Waiting(case.stage_times)
             with waits() as waited:
                 dist.barrier()
@@ -143,15 +140,6 @@ def measure(world: World, cases: list[Case], repetitions: int, *, at_once: bool)
             if repetition:  # the first one connects
                 runs.append(Run(stages.line, waited))
     return found
-
-
-def _order_at_once(pipe: Pipeline, case: Case):
-    plain = pipe._order
-
-    def order(micro_batches: int, *, backward: bool = True):
-        return sends_at_once(case.table)[pipe.rank], plain(micro_batches, backward=backward)[1]
-
-    return order
 
 
 def latency(world: World, times: int = 50) -> float:
@@ -223,11 +211,9 @@ def _be_rank(rank: int, size: int, folder: str, parent: int, work: Callable, arg
     return found
 
 
-def waiting_ranks(
-    world: World, cases: list[Case], repetitions: int, at_once: bool
-) -> tuple[bool, float, list[list[Run]]]:
+def waiting_ranks(world: World, cases: list[Case], repetitions: int) -> tuple[bool, float, list[list[Run]]]:
     """Of this rank: whether it may go first, a message's seconds, and what ``measure`` finds."""
-    return go_first(), latency(world), measure(world, cases, repetitions, at_once=at_once)
+    return go_first(), latency(world), measure(world, cases, repetitions)
 
 
 def go_first() -> bool:

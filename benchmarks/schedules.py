@@ -35,7 +35,6 @@ from schedule_counts import (
     idle,
     idle_within,
     in_flight,
-    sends_at_once,
     textbook,
 )  # fmt: skip
 from schedule_runs import BATCH, DIM, SEQ_LEN, Case, Run, on_ranks, trained, waiting_ranks
@@ -54,7 +53,7 @@ def interval(values: list[float]) -> list[float]:
     return [medians[50], medians[1949]]
 
 
-def figures(case: Case, per_rank: list[list[Run]], seconds: Callable[[Action], float], *, at_once: bool) -> dict:
+def figures(case: Case, per_rank: list[list[Run]], seconds: Callable[[Action], float]) -> dict:
     """What is said about a case, from rank -> repetition -> run; ``seconds`` of an action, to count its table with."""
     repetitions = list(zip(*per_rank, strict=True))
     shares = [idle([run.line for run in runs]) for runs in repetitions]
@@ -62,13 +61,13 @@ def figures(case: Case, per_rank: list[list[Run]], seconds: Callable[[Action], f
     runner = [statistics.mean(r.unaccounted for r in runs) / t for runs, t in zip(repetitions, makespans, strict=True)]
     own = [idle_within([run.line for run in runs]) for runs in repetitions]
     order, chunks = case.table, case.config.stages_a_rank
-    lines = counted(sends_at_once(order) if at_once else order, seconds)
+    lines = counted(order, seconds)
     book = textbook(case.schedule, case.times, pp=case.pp, chunks=chunks, micro_batches=case.micro_batches)
     found = {
         "schedule": case.schedule.value, "pp": case.pp, "micro_batches": case.micro_batches, "stages_a_rank": chunks,
         "idle": statistics.median(shares), "interval_95": interval(shares), "runner": statistics.median(runner),
         "counted": idle(lines), "textbook": book, "own_idle": statistics.median(own),
-        "own_counted": idle_within(lines), "sends_at_once": idle(counted(sends_at_once(order), seconds)),
+        "own_counted": idle_within(lines),
         "in_flight": [in_flight(actions, chunks=chunks) for actions in order],
         "makespan_ms": statistics.median(makespans) * 1e3, "every_idle": shares, "load_average": os.getloadavg()[0],
     }  # fmt: skip
@@ -131,7 +130,6 @@ def main() -> None:
     parser.add_argument("--milliseconds", nargs=3, type=float, default=[10, 10, 10], metavar=("F", "I", "W"))
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--steps", type=int, default=8, help="of the real model")
-    parser.add_argument("--sends-at-once", action="store_true", help="each send directly after what it sends")
     parser.add_argument("--draw", action="store_true", help="what each rank did, as text")
     parser.add_argument("--no-model", action="store_true", help="without the real model")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -139,7 +137,7 @@ def main() -> None:
     began, times = time.monotonic(), Times(*(t / 1e3 for t in args.milliseconds))
     report = {
         "what": f"Pipeline.step, gloo, chunks of {args.milliseconds} ms, {BATCH * SEQ_LEN * DIM * 4} bytes a message",
-        "date": date.today().isoformat(), "cores": os.cpu_count(), "sends_at_once": args.sends_at_once,
+        "date": date.today().isoformat(), "cores": os.cpu_count(),
         "versions": {"moetrain": moetrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "load_average": os.getloadavg(),
     }  # fmt: skip
@@ -148,14 +146,14 @@ def main() -> None:
     pictures, notes = [], []
     for pp in args.pp:
         cases = [Case(Schedule(name), pp, args.micro_batches or 2 * pp, times) for name in args.schedules]
-        got = on_ranks(pp, waiting_ranks, cases, args.repetitions, args.sends_at_once)
+        got = on_ranks(pp, waiting_ranks, cases, args.repetitions)
         first, seconds, _ = got[0]
         priority = "ranks have real-time priority" if first else "no real-time priority: under load, sleeps end late"
         notes.append(f"pp={pp}: a message takes {seconds * 1e3:.2f} ms (half a round trip); {priority}")
         late = []
         for i, case in enumerate(cases):
             runs = [found[i] for _, _, found in got]
-            rows.append(row := figures(case, runs, case.stage_times.of, at_once=args.sends_at_once))
+            rows.append(row := figures(case, runs, case.stage_times.of))
             pictures.append((case, runs))
             part = (case.stage_times.forward + case.stage_times.backward) / 3
             late.append(part * ((1 - row["counted"]) / (1 - row["idle"]) - 1) * 1e3)
@@ -173,7 +171,7 @@ def main() -> None:
         got = on_ranks(2, trained, cases, args.steps)
         for i, case in enumerate(cases):
             runs = [found[i] for found in got]
-            real.append(figures(case, runs, observed_seconds(runs), at_once=False))
+            real.append(figures(case, runs, observed_seconds(runs)))
             pictures.append((case, runs))
         print("\nA real model through Trainer, on two ranks; counted with the lengths its own actions had")
         show(real, last="textbook, equal stages")

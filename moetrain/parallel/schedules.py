@@ -8,6 +8,7 @@ dualpipev                the same V, a forward beside each backward (2412.19437;
 """
 
 import functools
+from collections.abc import Iterator
 from enum import Enum
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def table(schedule: Schedule, *, pp: int, chunks: int, micro_batches: int, backw
     else:
         shape = SimpleNamespace(num_stages=pp * chunks, group_size=pp, group_rank=0, submod=nn.Identity())
         found = getattr(torchs, _TORCHS[schedule])([shape] * chunks, micro_batches).pipeline_order_with_comms
-    return tuple(tuple(_actions(found[rank])) for rank in range(pp))
+    return tuple(tuple(_sends_at_once(_actions(found[rank]))) for rank in range(pp))
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,6 +175,17 @@ def _actions(theirs: list) -> list[Action]:
             if kind := kinds.get(a.computation_type):
                 found.append(Action(kind, a.stage_index, a.microbatch_index))
     return found
+
+
+def _sends_at_once(actions: list[Action]) -> Iterator[Action]:
+    """Each send directly after what it sends: torch's come after a forward and the backward beside it, which here are
+    one after the other, and the next rank would wait for both."""
+    sends = {a for a in actions if a.kind in RECEIVED_AS}
+    for action in (a for a in actions if a.kind not in RECEIVED_AS):
+        yield action
+        sent = _USES.get(action.kind)
+        if sent is not None and (send := action._replace(kind=sent)) in sends:
+            yield send
 
 
 def _one_f_one_b(rank: int, pp: int, n: int) -> list:
