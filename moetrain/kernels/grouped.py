@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.moe.rows import gather
+from moetrain import world
+from moetrain.moe.rows import ends_on_host, gather
 from moetrain.moe.types import Rows
 
 
@@ -20,7 +21,7 @@ def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
 
 def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
     """(M, I) rows by slot, (S, O, I) "out, in" -> (M, O)."""
-    if x_MI.device.type == "cpu" and x_MI.dtype in (torch.bfloat16, torch.float16):
+    if x_MI.dtype in (torch.bfloat16, torch.float16) and world.on_cpu(x_MI):
         return _RoundedRows.apply(x_MI, w_SOI, offsets_S)  # pyright: ignore[reportReturnType]
     return F.grouped_mm(x_MI, w_SOI.transpose(1, 2), offs=offsets_S)
 
@@ -33,13 +34,13 @@ class _RoundedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
         ctx.save_for_backward(x_MI, w_SOI, offsets_S)
-        return _by_slot(x_MI, w_SOI.transpose(1, 2), offsets_S.tolist())
+        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends_on_host(offsets_S, num_rows=x_MI.shape[0]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MI, w_SOI, offsets_S = ctx.saved_tensors
-        ends = offsets_S.tolist()
+        ends = ends_on_host(offsets_S, num_rows=x_MI.shape[0])
         d_x_MI = _by_slot(g_MO, w_SOI, ends) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return d_x_MI, None, None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, world
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
@@ -150,7 +150,7 @@ class Embedding(Vocabulary):
     def forward(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
         weight = self.weight
-        if weight.device.type == "cpu":  # whose backward adds up a row's gradients in the dtype of the table
+        if world.on_cpu(weight):  # whose backward adds up a row's gradients in the dtype of the table
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.group is None:
             return F.embedding(tokens_BS, weight).to(dtype)
@@ -223,7 +223,7 @@ def token_losses(logits_BSV: Tensor, targets_BS: Tensor, *, rows: Vocabulary | N
     group, first_row = (None, 0) if rows is None else (rows.group, rows.first_row)
     logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    if group is not None or (logits_TV.device.type == "cpu" and logits_TV.dtype != wide):
+    if group is not None or (logits_TV.dtype != wide and world.on_cpu(logits_TV)):
         return _CrossEntropy.apply(logits_TV, targets_T, first_row, group)  # pyright: ignore[reportReturnType]
     logits_TV = logits_TV.to(wide)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
@@ -269,5 +269,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _row_blocks(x_TV: Tensor) -> list[slice]:
-    step = max(1, (2**17 if x_TV.device.type == "cpu" else 2**27) // x_TV.shape[1])
+    step = max(1, (2**17 if world.on_cpu(x_TV) else 2**27) // x_TV.shape[1])
     return [slice(start, start + step) for start in range(0, x_TV.shape[0], step)]

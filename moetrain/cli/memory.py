@@ -1,0 +1,170 @@
+"""``moetrain memory``: the bytes of a rank of each pipeline stage, from a dry run of the trainer's own step."""
+
+import json
+import time
+import warnings
+from dataclasses import asdict
+from enum import Enum
+
+from moetrain import config as configs
+from moetrain.cli.compose import compose
+from moetrain.config import UserError, config, nearest
+from moetrain.job import Config, check
+from moetrain.layouts import Layout
+from moetrain.memory.dry import MICRO_BATCHES, Estimate, estimate
+from moetrain.memory.ledger import Kind
+from moetrain.model.flops import size
+from moetrain.world import Device
+
+_USAGE = """\
+usage: moetrain memory [key=value ...] [memory.KEY=VALUE ...] [--stage N] [--json]
+
+Bytes of a rank at the peak of a training step, one row a pipeline stage: the trainer's own step, run in this process
+on tensors without memory, as a rank of a world whose other ranks do not exist. Any layout, any size; no GPU, no data.
+
+    key=value   as for moetrain train; the layout says how many ranks there are
+    --config F  or the config.yaml of a run, and overrides of its keys
+    memory.world=N      how many ranks, where layout.dp is -1 [the fewest that the layout allows]
+    memory.imbalance=X  the most loaded rank of an expert group receives X times its even share of rows [1.0]
+    memory.device=D     cuda: the code that runs on GPUs, cpu: that on CPUs [cpu with train.device=cpu, else cuda]
+    --stage N   only this pipeline stage
+    --json      bytes, as JSON
+"""
+_FLAGS = ("--config", "--stage", "--json", "--help")
+
+
+class Code(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+_CODE = {Code.cpu: "CPU", Code.cuda: "GPU"}
+
+
+@config
+class MemoryConfig:
+    """Keys of ``memory.``: what is assumed, beside the run's own config."""
+
+    world: int | None = None
+    imbalance: float = 1.0
+    device: Code | None = None
+
+    def __post_init__(self) -> None:
+        if self.world is not None and self.world < 1:
+            raise UserError(f"memory.world={self.world}: has to be at least 1")
+        if not self.imbalance > 0:
+            raise UserError(f"memory.imbalance={self.imbalance}: has to be above 0; 1 is an even load")
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``moetrain memory ARGV``; raises ``UserError`` for the caller to print."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(_USAGE, end="")
+        return 0
+    stage, as_json, assumed, words = _parse(argv)
+    cfg = compose(words)
+    world = assumed.world or cfg.layout.world
+    layout = check(cfg, world=world)
+    if stage is not None and not 0 <= stage < layout.pp:
+        raise UserError(f"--stage {stage}: layout.pp={layout.pp} has stages 0 to {layout.pp - 1}")
+    device = assumed.device or (Code.cpu if cfg.train.device is Device.cpu else Code.cuda)
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [
+            estimate(cfg, world=world, stage=s, imbalance=assumed.imbalance, gpu=device is Code.cuda)
+            for s in (range(layout.pp) if stage is None else [stage])
+        ]
+    seconds = time.monotonic() - start
+    if as_json:
+        print(json.dumps(_data(cfg, layout, assumed, device, found), indent=1))
+    else:
+        print("\n".join(_page(cfg, layout, assumed, device, found, seconds)))
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[int | None, bool, MemoryConfig, list[str]]:
+    """(the stage, whether --json is there, what is assumed, the words for ``compose``)."""
+    stage, as_json, mine, words, rest = None, False, [], [], iter(argv)
+    for word in rest:
+        option, equals, text = word.partition("=")
+        if word == "--config":
+            words += [word, *([path] if (path := next(rest, None)) else [])]
+        elif word == "--json":
+            as_json = True
+        elif option == "--stage":
+            text = text if equals else next(rest, "")
+            if not text.isdecimal():
+                raise UserError(f"--stage {text or 'without a number'}: give a stage, for example --stage 0")
+            stage = int(text)
+        elif word.startswith("-"):
+            raise UserError(f"unknown option {word}{nearest(option, _FLAGS)} (there are: {', '.join(_FLAGS)})")
+        elif word.startswith("memory."):
+            mine.append(word)
+        else:
+            words.append(word)
+    return stage, as_json, _assumed(mine), words
+
+
+def _assumed(words: list[str]) -> MemoryConfig:
+    data: dict = {}
+    for word in words:
+        key, equals, text = word.removeprefix("memory.").partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not key=value: write for example memory.imbalance=1.5")
+        data[key] = _value(text)
+    return configs.load(data, MemoryConfig, "memory")
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _page(
+    cfg: Config, layout: Layout, assumed: MemoryConfig, device: Code, found: list[Estimate], seconds: float
+) -> list[str]:
+    t = cfg.train
+    ranks = f"{layout.world:,} rank{'s' * (layout.world > 1)}"
+    micro_batches = t.batch // (layout.dp * t.micro_batch)
+    lines = [
+        f"{size(cfg.model)}; {ranks}, layout {layout}",
+        f"{t.dtype.value}, {t.micro_batch} x {t.seq_len:,} tokens a micro-batch, {micro_batches} a step; GiB of a rank "
+        "at the peak of a step",
+        "",
+    ]
+    rows: list[tuple[str, ...]] = [("stage", "rank", *(kind.value for kind in Kind), "peak", "in")]
+    for e in found:
+        numbers = (*e.peak.by_kind.values(), e.peak.total)
+        rows.append((str(e.stage), str(e.rank), *(f"{n / 2**30:.3f}" for n in numbers), e.peak.when))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    ran = min(micro_batches, MICRO_BATCHES)
+    lines += [
+        "",
+        f"{seconds:.1f} s for a step of {ran} micro-batch{'es' * (ran > 1)} of the first rank of each stage, which holds "
+        "the most where a split is uneven:",
+        f"run on tensors without memory, by the code for {_CODE[device]}s; rows received: "
+        f"{assumed.imbalance:g} x an even share. Not counted: what kernels",
+        "and communication libraries take for themselves, and what the allocator cannot fill.",
+    ]
+    return lines
+
+
+def _data(cfg: Config, layout: Layout, assumed: MemoryConfig, device: Code, found: list[Estimate]) -> dict:
+    return {
+        "layout": asdict(layout), "world": layout.world, "dtype": cfg.train.dtype.value, "device": device.value,
+        "imbalance": assumed.imbalance,
+        "stages": [
+            {
+                "stage": e.stage, "rank": e.rank, "in": e.peak.when, "peak": e.peak.total,
+                "at_peak": {kind.value: n for kind, n in e.peak.by_kind.items()},
+                "between_steps": {kind.value: n for kind, n in e.between_steps.by_kind.items()},
+            }
+            for e in found
+        ],
+    }  # fmt: skip

@@ -1,0 +1,191 @@
+"""A training step of one rank of any world, in this process, on tensors that have shapes and no memory.
+
+The trainer's own code runs: its meshes over a process group whose other ranks do not exist, its model, its step. Three
+things differ, all named here: who knows values answers for what the host would read (counts of rows, which are even,
+times a factor for those received), tables that the host plans from are real, and weights are not initialized.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.testing._internal.distributed.fake_pg as fake_pg
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moetrain import parallel, train
+from moetrain import world as worlds
+from moetrain.config import replace
+from moetrain.data.loader import Batch
+from moetrain.job import Config, Data, check
+from moetrain.kernels import grouped, reference
+from moetrain.layouts import views
+from moetrain.memory.ledger import Kind, Ledger, Usage, swapped
+from moetrain.model import attend
+from moetrain.model.attend import Visible
+from moetrain.model.transformer import Transformer
+from moetrain.moe.dispatchers import dropless
+from moetrain.moe.types import Placement
+from moetrain.parallel import state
+from moetrain.parallel.context import Part
+from moetrain.train import Trainer
+from moetrain.world import World
+
+MICRO_BATCHES = 2
+"""Of a step: the first meets no gradients, the last meets them all and reduces them; those between add nothing."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of ``rank``, which holds the most of its pipeline stage wherever a split is uneven."""
+
+    stage: int
+    rank: int
+    peak: Usage
+    between_steps: Usage
+
+
+def estimate(cfg: Config, *, world: int, stage: int = 0, imbalance: float = 1.0, gpu: bool = False) -> Estimate:
+    """One step of a stage's first rank; a rank receives ``imbalance`` times an even share of rows. ``gpu``: by the code
+    that runs on GPUs, with FSDP2's prefetching there.
+
+    Raises ``UserError`` where the config cannot run on ``world`` ranks. This process may not be in a process group.
+    """
+    layout = check(cfg, world=world)
+    t = cfg.train
+    step = layout.dp * t.micro_batch * min(MICRO_BATCHES, t.batch // (layout.dp * t.micro_batch))
+    cfg = replace(cfg, train=replace(t, batch=step, ramp=type(t.ramp)()))
+    rank = stage * (world // views(layout)["dense"]["pp"])
+    with _alone_in(world, rank) as here, contextlib.ExitStack() as stack:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        for owner, name, new in _swaps(fake, stack, imbalance, gpu, t.dtype.torch):
+            stack.enter_context(swapped(owner, name, new))
+        trainer = Trainer(cfg, here, Data({}, _Blank(cfg), {}))
+        ledger = Ledger()
+        hold(ledger, trainer)
+        with ledger:
+            trainer.step()
+        return Estimate(stage, rank, ledger.peak(), ledger.now())
+
+
+def hold(ledger: Ledger, trainer: Trainer) -> None:
+    """Tell a ledger what a trainer has between steps."""
+    ledger.hold(trainer.model.parameters(), Kind.parameters)
+    ledger.hold(trainer.model.buffers(), Kind.parameters)
+    for storage in trainer.optimizer.state().values():
+        ledger.hold(storage.values(), Kind.optimizer)
+
+
+@contextlib.contextmanager
+def _alone_in(world: int, rank: int) -> Iterator[World]:
+    """This process as a rank of a world whose other ranks do not exist: collectives return at once."""
+    if world > 1:
+        dist.init_process_group("fake", rank=rank, world_size=world, store=fake_pg.FakeStore())
+    try:
+        yield World(rank, world, 0, world, torch.device("cpu"), "fake" if world > 1 else "")
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _swaps(
+    fake: FakeTensorMode, stack: contextlib.ExitStack, imbalance: float, gpu: bool, dtype: torch.dtype
+) -> list[tuple[Any, str, Callable[[Any], Any]]]:
+    def fakes_from_here(allocate: Callable) -> Callable:
+        def wrapped(model: Transformer, device: torch.device) -> None:
+            stack.enter_context(fake)  # what comes before needs values: meshes of ranks, FSDP2's cuts
+            if dtype is not torch.bfloat16:
+                stack.enter_context(_StandIns())
+            allocate(model, device)
+
+        return wrapped
+
+    code_of_gpus = [
+        (worlds, "on_cpu", lambda _: lambda at: False),
+        (attend, "_by_piece", lambda _: _flash),
+        (attend, "_by_document", lambda _: _flash),
+    ]
+    return (code_of_gpus if gpu else []) + [
+        (parallel, "allocate", fakes_from_here),
+        (state, "parameters", _really),
+        (train, "initialize", lambda _: lambda *args, **kwargs: None),
+        (dropless, "on_host", lambda _: partial(_counts, imbalance=imbalance)),
+        (grouped, "ends_on_host", lambda _: _ends),
+        (reference, "ends_on_host", lambda _: _ends),
+        (Placement, "target_EJ", _really),
+        (Part, "documents", _really),
+        (Visible, "build", lambda build: classmethod(_really(build.__func__))),
+    ]
+
+
+def _flash(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
+    """What a flash kernel makes and saves, whichever keys its queries see."""
+    pieces = []
+    for q, (_, end) in zip(q_BHSd.chunk(len(visible.pieces), dim=2), visible.pieces, strict=True):
+        k, v = k_BGPd[:, :, :end], v_BGPd[:, :, :end]
+        pieces.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]))
+    return torch.cat(pieces, dim=2)
+
+
+def _counts(send_R: Tensor, recv_R: Tensor, *, num_rows: int, imbalance: float) -> tuple[list[int], list[int]]:
+    return _even(num_rows, len(send_R)), _even(round(num_rows * imbalance), len(recv_R))
+
+
+def _ends(offsets_S: Tensor, *, num_rows: int) -> list[int]:
+    slots = len(offsets_S)
+    return [num_rows * (slot + 1) // slots for slot in range(slots)]
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def _really(plan: Callable) -> Callable:
+    """A function of host tables, whose values it needs."""
+
+    def wrapped(*args: Any, **kwargs: Any):
+        with unset_fake_temporarily():
+            return plan(*args, **kwargs)
+
+    return wrapped
+
+
+class _StandIns(TorchDispatchMode):
+    """What torch 2.13 has for real tensors only: grouped matmuls in other dtypes than bfloat16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            return _grouped_mm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
+    groups = (len(offs),) if a.dim() == b.dim() == 2 else ()
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
+class _Blank:
+    """Training samples of a run without data: zeros, and where documents are masked, one a row."""
+
+    fingerprint = ""
+
+    def __init__(self, cfg: Config) -> None:
+        self._seq_len, self._documents = cfg.train.seq_len, cfg.data.mask_documents
+
+    def batch(self, first: int, count: int) -> Batch:
+        shape = (count, self._seq_len)
+        tokens_BS, targets_BS = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        documents_BS = None
+        if self._documents:
+            with unset_fake_temporarily():
+                documents_BS = torch.zeros(shape, dtype=torch.int64)
+        return Batch(tokens_BS, targets_BS, torch.arange(first, first + count), documents_BS)
+
+    def num_targets(self, first: int, count: int) -> int:
+        return count * self._seq_len
