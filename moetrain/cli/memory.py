@@ -146,8 +146,8 @@ def _page(
     ran = min(micro_batches, MICRO_BATCHES)
     lines += [
         "",
-        f"{seconds:.1f} s for a step of {ran} micro-batch{'es' * (ran > 1)} of the first rank of each stage, which holds "
-        "the most where a split is uneven:",
+        f"{seconds:.1f} s for a step of {ran} micro-batch{'es' * (ran > 1)} of the first rank of each stage, which "
+        "holds the most where a split is uneven:",
         f"run on tensors without memory, by the code for {_CODE[device]}s; rows received: "
         f"{assumed.imbalance:g} x an even share. Not counted: what kernels",
         "and communication libraries take for themselves, and what the allocator cannot fill.",

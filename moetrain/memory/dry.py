@@ -66,7 +66,7 @@ def estimate(cfg: Config, *, world: int, stage: int = 0, imbalance: float = 1.0,
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         for owner, name, new in _swaps(fake, stack, imbalance, gpu, t.dtype.torch):
             stack.enter_context(swapped(owner, name, new))
-        trainer = Trainer(cfg, here, Data({}, _Blank(cfg), {}))
+        trainer = Trainer(cfg, here, Data({}, Blank(cfg), {}))
         ledger = Ledger()
         hold(ledger, trainer)
         with ledger:
@@ -170,7 +170,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
-class _Blank:
+class Blank:
     """Training samples of a run without data: zeros, and where documents are masked, one a row."""
 
     fingerprint = ""

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import moetrain.moe  # noqa: F401 (registers the dispatchers)
 from moetrain import comm
 from moetrain.config import OPTIONS
 
@@ -44,7 +46,7 @@ class Usage:
 
 
 class Ledger(TorchDispatchMode):
-    """Inside it, every storage is written down; ``hold`` adds those made before. ``peak`` says what it saw at most."""
+    """Inside it, every storage is written down that an operation makes or hands on; ``hold`` adds those made before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not self._blind and out is not None:
             for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-                if isinstance(x, Tensor) and x.device.type != "meta":
+                if isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.device.type != "meta"):
                     storage = _local(x).untyped_storage()
                     if storage._cdata not in self._serials:
                         self._add(storage, self._kind())
@@ -239,7 +241,7 @@ def alive() -> int:
     gc.collect()
     sizes = {}
     for x in gc.get_objects():
-        if isinstance(x, Tensor) and x.device.type != "meta":
+        if issubclass(type(x), Tensor) and x.device.type != "meta":  # isinstance would wake lazy objects
             storage = _local(x).untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
