@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 BOOT := $(or $(PYTHON),python3)
 INSTALL = $(BOOT) launch/install.py --venv "$(VENV)" --python "$(PYTHON)" --torch "$(TORCH)"
 
-.PHONY: help install train test verified check-python
+.PHONY: help install train test verified verified-pipelines check-python
 
 help:
 	@echo "make train    install if needed, then train the quickstart   (ARGS=... go to moetrain train)"
@@ -51,13 +51,51 @@ test: check-python
 # Sampled beside the whole sets: float64, context parallelism by heads, 12 and 16 ranks, bf16.
 verified: install
 	@$(PY) -m moetrain verify experiment=verified --all-layouts 1,2,4,8 \
-	  --case 'dropless:' \
-	  --case 'capacity: dispatcher=capacity model.moe.dispatcher.factor=8' \
-	  --case 'capacity that drops@8/8: dispatcher=capacity model.moe.dispatcher.factor=1' \
-	  --case 'float64@4,8/8: train.dtype=float64' \
-	  --case 'bfloat16@2,4,8/6: train.dtype=bfloat16' \
-	  --case 'ulysses@4,8/8: context.method=ulysses' \
-	  --case 'tied, QK-norm per head@8/8: model.tie_embeddings=true model.qk_norm=head' \
-	  --case 'one key head@12/8: model.num_heads=12 model.num_kv_heads=1 model.moe.num_experts=12 train.batch=12' \
-	  --case 'sixteen@16/8: train.batch=16' \
+	  --case 'dropless@1,2,4,8 pp=1:' \
+	  --case 'capacity@1,2,4,8 pp=1: dispatcher=capacity model.moe.dispatcher.factor=8' \
+	  --case 'capacity that drops@8 pp=1/8: dispatcher=capacity model.moe.dispatcher.factor=1' \
+	  --case 'float64@4,8 pp=1/8: train.dtype=float64' \
+	  --case 'bfloat16@2,4,8 pp=1/6: train.dtype=bfloat16' \
+	  --case 'ulysses@4,8 pp=1/8: context.method=ulysses' \
+	  --case 'tied, QK-norm per head@8 pp=1/8: model.tie_embeddings=true model.qk_norm=head' \
+	  --case 'one key head@12 pp=1/8: model.num_heads=12 model.num_kv_heads=1 model.moe.num_experts=12 train.batch=12' \
+	  --case 'sixteen@16 pp=1/8: train.batch=16' \
 	  --write docs/verified.md $(ARGS)
+	@$(MAKE) --no-print-directory verified-pipelines
+
+# The second half of the page: every schedule over every layout with pp > 1, and samples of what can be combined.
+verified-pipelines: install
+	@$(PY) -m moetrain verify experiment=verified train.batch=16 --all-layouts 8 --timeout 300 \
+	  --case '1f1b@2,4,8 pp=2: pipeline.schedule=1f1b model.num_layers=4' \
+	  --case '1f1b, 4 deep@4,8 pp=4: pipeline.schedule=1f1b model.num_layers=8' \
+	  --case '1f1b, 8 deep@8 pp=8: pipeline.schedule=1f1b model.num_layers=16' \
+	  --case 'interleaved@2,4,8 pp=2: pipeline.schedule=interleaved model.num_layers=4' \
+	  --case 'interleaved, 4 deep@4,8 pp=4: pipeline.schedule=interleaved model.num_layers=8' \
+	  --case 'interleaved, 8 deep@8 pp=8: pipeline.schedule=interleaved model.num_layers=16' \
+	  --case 'zbv@2,4,8 pp=2: pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'zbv, 4 deep@4,8 pp=4: pipeline.schedule=zbv model.num_layers=8' \
+	  --case 'zbv, 8 deep@8 pp=8: pipeline.schedule=zbv model.num_layers=16' \
+	  --case 'dualpipev@2,4,8 pp=2: pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'dualpipev, 4 deep@4,8 pp=4: pipeline.schedule=dualpipev model.num_layers=8' \
+	  --case 'dualpipev, 8 deep@8 pp=8: pipeline.schedule=dualpipev model.num_layers=16' \
+	  --case '1f1b, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=1f1b model.num_layers=4' \
+	  --case 'interleaved, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=interleaved model.num_layers=4' \
+	  --case 'zbv, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'dualpipev, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'interleaved zero bubble@4,8 pp=2/4: pipeline.schedule=interleaved_zero_bubble model.num_layers=4' \
+	  --case 'three stages a rank@4,8 pp=2/3: pipeline.schedule=interleaved pipeline.chunks=3 model.num_layers=7' \
+	  --case 'recompute full@4,8 pp=2/4: recompute.mode=full pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'recompute selective@4,8 pp=2/4: recompute.mode=selective recompute.parts=[norm,attention,experts_activation] pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'recompute moe, chunked loss@4,8 pp=2/4: recompute.mode=selective recompute.parts=[moe] recompute.loss_rows=16 pipeline.schedule=interleaved model.num_layers=4' \
+	  --case 'accumulation 1@8 pp=2 dp=1/4: train.micro_batch=16 pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'accumulation 4@8 pp=2 dp=1/4: train.micro_batch=4 pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'level 2@4,8 pp=2/4: sharding.dense=2 sharding.experts=2 pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'level 2 and 3, sharded gradients@4,8 pp=2/4: sharding.dense=2 sharding.experts=3 sharding.accumulate=sharded pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'HSDP@8 pp=2 dp=2,4 replicate=2/6: pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'capacity that drops@8 pp=2/4: dispatcher=capacity model.moe.dispatcher.factor=1 pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'tied@4,8 pp=2/3: model.tie_embeddings=true pipeline.schedule=interleaved model.num_layers=4' \
+	  --case 'tied, V@4,8 pp=2/3: model.tie_embeddings=true pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'muon@4,8 pp=2/4: optim=muon pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'float64@4,8 pp=2/4: train.dtype=float64 pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'bfloat16@4,8 pp=2/3: train.dtype=bfloat16 pipeline.schedule=zbv model.num_layers=4' \
+	  --write docs/verified.md --append $(ARGS)

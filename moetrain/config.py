@@ -130,7 +130,8 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 def _load_node(data: Any, hint: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, data, "a mapping")
     data = dict(data)
-    if (kind := data.pop("kind", None)) is not None:
+    own = any(f.name == "kind" for f in dataclasses.fields(hint))  # a key like any other, not the name of an option
+    if not own and (kind := data.pop("kind", None)) is not None:
         kinds = {n: c for names in OPTIONS.values() for n, c in names.items() if issubclass(c, hint)}
         if kind not in kinds:
             raise UserError(f"{where}.kind={kind!r} is not one of {', '.join(sorted(kinds))}{nearest(kind, kinds)}")

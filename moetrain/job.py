@@ -14,11 +14,14 @@ from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
 from moetrain.layouts import Layout
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.optim import OptimConfig
+from moetrain.optim import OptimConfig, check_saved
 from moetrain.parallel import state
 from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.pipeline import check_enough
 from moetrain.parallel.plan import whole
+from moetrain.parallel.recompute import RecomputeConfig
+from moetrain.parallel.schedules import PipelineConfig
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
 
@@ -98,8 +101,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: Layout = field(default_factory=Layout)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -119,7 +124,8 @@ def batch_at(cfg: TrainConfig, consumed: int) -> int:
 def check(cfg: Config, *, world: int) -> Layout:
     """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
-    parallelism.check(layout, cfg.model, context=cfg.context)
+    parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
+    parallelism.recompute.check(cfg.recompute, cfg.model)
     t, ramp = cfg.train, cfg.train.ramp
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}
@@ -136,6 +142,9 @@ def check(cfg: Config, *, world: int) -> Layout:
                 f"{name}={size} is not a multiple of dp * train.micro_batch = {layout.dp} * {t.micro_batch} = {step}: "
                 f"use {' or '.join(str(n) for n in (size // step * step, size // step * step + step) if n)}"
             )
+    for size in range(sizes["train.ramp.start"], t.batch, ramp.increment) if ramp.start else ():
+        check_enough(layout, cfg.pipeline, micro_batches=size // step)
+    check_enough(layout, cfg.pipeline, micro_batches=t.batch // step)
     if cfg.optim.warmup > t.steps:
         raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")
     return layout
@@ -198,6 +207,7 @@ def preflight(cfg: Config, *, world: int, log) -> None:
     newest = find_resume(cfg)
     if newest is not None:
         _check_same_model(cfg, newest)
+        check_saved(cfg.optim, checkpoint.read_index(newest), newest)
     data = open_data(cfg, log=log)
     if newest is not None:
         check_same_data(checkpoint.read_meta(newest), data, newest)

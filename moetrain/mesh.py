@@ -60,6 +60,14 @@ class Mesh:
                 mine = group if self.rank in whole[start : start + size] else mine
         return mine
 
+    def ends(self, view: str, axis: str) -> ProcessGroup | None:
+        """The first and the last rank along an axis; None on a rank between. Collective the first time."""
+        mine = None
+        for whole in slices(views(self.layout)[view], (axis,)):
+            group = self._made((whole[0], whole[-1]))
+            mine = group if self.rank in (whole[0], whole[-1]) else mine
+        return mine
+
     def _made(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
         """The group of these ranks, made once; None on a rank that is not in it."""
         if ranks not in self._groups:

@@ -100,7 +100,7 @@ class _Loop:
         self.pending: list[tuple[dict[str, Any], StepResult]] = []
         self.flops = flops_per_token(cfg.model, seq_len=cfg.train.seq_len)
         self.peak = peak_flops(trainer.world.device, trainer.dtype)
-        self.terms = [term for layer in trainer.model.moe_layers()[:1] for term in layer.terms]
+        self.terms = list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
         self.last: StepResult | None = None
         self.since, self.tokens = time.perf_counter(), 0
 
@@ -202,9 +202,7 @@ class _Loop:
             self.metrics.close()
 
     def _loads(self, result: StepResult) -> list[tuple[int, list[int]]]:
-        layers = self.trainer.model.moe_layers()
-        loads = result.load_LE.split([x.bias_E.numel() for x in layers]) if layers else []
-        return [(layer.layer, load_E.tolist()) for layer, load_E in zip(layers, loads, strict=True)]
+        return list(zip(self.cfg.model.moe_layers, result.load_LE.tolist(), strict=True))
 
     def _summary(self, scores: dict[str, Score], loads: list[tuple[int, list[int]]]) -> list[str]:
         records = [json.loads(line) for line in (self.cfg.run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -249,6 +247,9 @@ def describe(trainer: Trainer) -> list[str]:
         f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts, "
         f"top-{moe.router.top_k}; kernel {why}",
     ]
+    if trainer.pipeline:
+        sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)
+        lines.append(f"pipeline {cfg.pipeline.schedule}: {len(trainer.pipeline.stages)} stages of {sizes} layers")
     for name, corpus in trainer.data.corpora.items():
         lines.append(
             f"corpus {name}: {len(corpus.train):,} training tokens, {len(corpus.valid):,} held out, "

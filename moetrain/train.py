@@ -9,16 +9,22 @@ from torch import Tensor
 
 from moetrain import __version__, checkpoint, comm
 from moetrain import config as configs
-from moetrain.evaluate import Score, evaluate, summed_loss
+from moetrain.evaluate import Rows, Score, evaluate, summed_loss
 from moetrain.job import Config, Data, batch_at, check, check_same_data, checkpoints
 from moetrain.logical import Logical
 from moetrain.mesh import Mesh
 from moetrain.model.init import initialize
+from moetrain.model.transformer import Stage
+from moetrain.moe.types import Carry
 from moetrain.optim import Optimizer, clip_scale, grad_norm
 from moetrain.parallel import parallelize, state
 from moetrain.parallel.context import Part
-from moetrain.parallel.data import reshard, set_last_micro_batch
+from moetrain.parallel.data import Units, reshard, set_last_micro_batch
+from moetrain.parallel.pipeline import Forward
 from moetrain.world import World, allow_fixed_order, fixed_order
+
+_IN_FLIGHT = 4
+"""Micro-batches a pipeline rank, of a validation."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class StepResult:
 
     loss: Tensor  #      () this rank's share of the step's loss: its token sum over the global count
     norm: Tensor  #      () global gradient norm before clipping
-    load_LE: Tensor  #   (sum of E over MoE layers,) int64 global assignments
+    load_LE: Tensor  #   (MoE layers of the model, E) int64 global assignments
     dropped: Tensor  #   () int64 assignments dropped on this rank
     balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
 
@@ -58,11 +64,15 @@ class Trainer:
         self.part = Part.of(cfg.train.seq_len, self.mesh)
         self.dtype = cfg.train.dtype.torch
         parallel = parallelize(
-            cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, dtype=self.dtype
+            cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
+            recompute_cfg=cfg.recompute, dtype=self.dtype,
         )  # fmt: skip
-        self.model, self.plan = parallel.model, parallel.plan
+        self.model, self.plan, self.pipeline = parallel.model, parallel.plan, parallel.pipeline
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
-        self.optimizer = Optimizer(cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()})
+        self.optimizer = Optimizer(
+            cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()}, describe=self.describe,
+            group=self.mesh.group("fsdp", "replicate", "shard", "tp"),
+        )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
 
@@ -71,50 +81,65 @@ class Trainer:
         t, dp = self.cfg.train, self.mesh.layout.dp
         batch = batch_at(t, self.consumed)
         share = batch // dp
-        first = self.consumed + self.mesh.index("dense", "dp") * share
+        start = self.consumed + self.mesh.index("dense", "dp") * share
         targets = max(1, self.data.loader.num_targets(self.consumed, batch))  # none: the balance losses still count
         micro_batches = share // t.micro_batch
         for layer in self.model.moe_layers():
             layer.begin_step(micro_batches)
-        loss = torch.zeros((), device=self.world.device, dtype=torch.promote_types(self.dtype, torch.float32))
-        for m in range(micro_batches):
-            set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
-            loss += self.forward_backward(
-                m,
-                first + m * t.micro_batch,
-                targets=targets,
-                routed_tokens=float(batch * t.seq_len),
-                seen=seen,
-            )
-        result = self._update(loss, seen)
+        if seen is not None:
+            seen.ids, seen.scores = ([{} for _ in range(micro_batches)] for _ in range(2))
+            seen.positions_S = self.part.position_S
+
+        def forward(m: int, stage: Stage | None, x: Tensor | None, carry: Carry) -> Tensor | tuple[Tensor, Carry]:
+            return self.forward(
+                m, start + m * t.micro_batch, targets=targets, routed_tokens=float(batch * t.seq_len), seen=seen,
+                stage=stage, x=x, carry=carry,
+            )  # fmt: skip
+
+        loss = self._pipelined(micro_batches, forward) if self.pipeline else self._accumulated(micro_batches, forward)
+        # tp ranks all know the loss of the same targets: one of them has it in its share
+        result = self._update(loss * (self.mesh.index("dense", "tp") == 0), seen)
         self.steps += 1
         self.consumed += batch
         return result
 
-    def forward_backward(
-        self,
-        m: int,
-        first: int,
-        *,
-        targets: int,
-        routed_tokens: float,
-        seen: Seen | None = None,
-    ) -> Tensor:
-        """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, gradients accumulated."""
-        batch = self.data.loader.batch(first, self.cfg.train.micro_batch)
-        if seen is not None:
-            seen.ids.append({})
-            seen.scores.append({})
-            seen.positions_S = self.part.position_S
-        loss = summed_loss(
-            self.model, batch, self.part, step=self.steps, micro_batch=m, routed_tokens=routed_tokens,
-            seed=self.cfg.seed, ids=None if seen is None else seen.ids[-1],
-            scores=None if seen is None else seen.scores[-1],
-        ) / targets  # fmt: skip
+    def _accumulated(self, micro_batches: int, forward: Forward) -> Tensor:
+        """The sum of the micro-batches' losses, one after the other; gradients accumulated."""
+        total = torch.zeros((), device=self.world.device, dtype=torch.promote_types(self.dtype, torch.float32))
+        for m in range(micro_batches):
+            set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
+            loss = forward(m, None, None, {})
+            assert isinstance(loss, Tensor)
+            with fixed_order(self.world.device, on=self.cfg.train.deterministic):
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _pipelined(self, micro_batches: int, forward: Forward) -> Tensor:
+        """The same in the order of a schedule; zero on ranks without the last stage."""
+        assert self.pipeline is not None
+        units = Units(self.model, sharding=self.cfg.sharding)
         with fixed_order(self.world.device, on=self.cfg.train.deterministic):
-            loss.backward()
-        # tp ranks all know the loss of the same targets: one of them has it in its share
-        return loss.detach() * (self.mesh.index("dense", "tp") == 0)
+            total = self.pipeline.step(micro_batches, forward, shape=self._shape, reduce=units.reduce)
+        units.finish()
+        return total
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """(B, S) of what a layer passes to the next."""
+        return self.cfg.train.micro_batch, len(self.part.position_S)
+
+    def forward(
+        self, m: int, first: int, *, targets: int, routed_tokens: float, seen: Seen | None = None,
+        stage: Stage | None = None, x: Tensor | None = None, carry: Carry | None = None,
+    ) -> Tensor | tuple[Tensor, Carry]:  # fmt: skip
+        """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, or what a ``stage`` passes."""
+        found = summed_loss(
+            self.model, self.data.loader.batch(first, self.cfg.train.micro_batch), self.part, stage=stage, x=x,
+            carry=carry, step=self.steps, micro_batch=m, routed_tokens=routed_tokens, seed=self.cfg.seed,
+            ids=None if seen is None else seen.ids[m], scores=None if seen is None else seen.scores[m],
+        )  # fmt: skip
+        return found / targets if isinstance(found, Tensor) else found
 
     def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
         grads = state.grads(self.model)
@@ -125,25 +150,40 @@ class Trainer:
         lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
         self.model.zero_grad()
-        layers = self.model.moe_layers()
-        counted = torch.zeros(0, dtype=torch.int64, device=loss.device)
-        dropped, balance_J = counted.sum(), torch.zeros(0, device=loss.device)
-        if layers:
-            counted = comm.all_reduce_(torch.cat([x.load_ME.sum(0) for x in layers]), group=self.all_ranks)
-            for layer, load_E in zip(layers, counted.split([x.bias_E.numel() for x in layers]), strict=True):
-                layer.end_step(load_E)
-            dropped = torch.stack([x.dropped_ME.sum() for x in layers]).sum()
-            balance_J = torch.stack([x.losses_MJ.sum(0) for x in layers]).sum(0)
-        return StepResult(loss, norm, counted, dropped, balance_J)
+        layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
+        load_LE = torch.zeros(len(every), moe.num_experts, dtype=torch.int64, device=loss.device)
+        for layer in layers:
+            load_LE[every.index(layer.layer)] = layer.load_ME.sum(0)
+        comm.all_reduce_(load_LE, group=self.all_ranks)
+        for layer in layers:
+            layer.end_step(load_LE[every.index(layer.layer)])
+        dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
+        balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
+        return StepResult(loss, norm, load_LE, dropped, balance_J)
 
     def validate(self) -> dict[str, Score]:
-        micro_batch = self.cfg.train.micro_batch
         scores = {
-            name: evaluate(self.model, held_out, self.mesh, self.part, micro_batch=micro_batch, step=self.steps)
+            name: evaluate(
+                held_out, self.mesh, self._held_out_losses, micro_batch=self.cfg.train.micro_batch,
+                together=_IN_FLIGHT * self.mesh.layout.pp if self.pipeline else 1,
+            )
             for name, held_out in self.data.validation.items()
-        }
+        }  # fmt: skip
         reshard(self.model)
         return scores
+
+    def _held_out_losses(self, rows: list[Rows]) -> Tensor:
+        def forward(m: int, stage: Stage | None, x: Tensor | None, carry: Carry) -> Tensor | tuple[Tensor, Carry]:
+            batch, counted = rows[m]
+            return summed_loss(
+                self.model, batch, self.part, rows=counted, stage=stage, x=x, carry=carry, step=self.steps,
+                micro_batch=0, routed_tokens=1.0, training=False,
+            )  # fmt: skip
+
+        if self.pipeline:
+            return self.pipeline.forwards(len(rows), forward, shape=self._shape)
+        losses = [forward(m, None, None, {}) for m in range(len(rows))]
+        return torch.stack([x for x in losses if isinstance(x, Tensor)]).sum()
 
     def tensors(self) -> dict[str, Logical]:
         """Everything a checkpoint holds: this rank's boxes of parameters, buffers and optimizer state."""

@@ -11,7 +11,7 @@ from moetrain.cli.compose import compose
 from moetrain.config import UserError, config, nearest
 from moetrain.job import Config, check
 from moetrain.layouts import Layout
-from moetrain.memory.dry import MICRO_BATCHES, Estimate, estimate
+from moetrain.memory.dry import Estimate, estimate
 from moetrain.memory.ledger import Kind
 from moetrain.model.flops import size
 from moetrain.world import Device
@@ -19,15 +19,16 @@ from moetrain.world import Device
 _USAGE = """\
 usage: moetrain memory [key=value ...] [memory.KEY=VALUE ...] [--stage N] [--json]
 
-Bytes of a rank at the peak of a training step, one row a pipeline stage: the trainer's own step, run in this process
-on tensors without memory, as a rank of a world whose other ranks do not exist. Any layout, any size; no GPU, no data.
+Bytes of a rank at the peak of a training step, one row a rank of the pipeline: the trainer's own step, run in this
+process on tensors without memory, as a rank of a world whose other ranks do not exist. Any layout, any size; no GPU,
+no data.
 
     key=value   as for moetrain train; the layout says how many ranks there are
     --config F  or the config.yaml of a run, and overrides of its keys
     memory.world=N      how many ranks, where layout.dp is -1 [the fewest that the layout allows]
     memory.imbalance=X  the most loaded rank of an expert group receives X times its even share of rows [1.0]
     memory.device=D     cuda: the code that runs on GPUs, cpu: that on CPUs [cpu with train.device=cpu, else cuda]
-    --stage N   only this pipeline stage
+    --stage N   only the pipeline's rank that has this stage
     --json      bytes, as JSON
 """
 _FLAGS = ("--config", "--stage", "--json", "--help")
@@ -65,15 +66,16 @@ def main(argv: list[str]) -> int:
     cfg = compose(words)
     world = assumed.world or cfg.layout.world
     layout = check(cfg, world=world)
-    if stage is not None and not 0 <= stage < layout.pp:
-        raise UserError(f"--stage {stage}: layout.pp={layout.pp} has stages 0 to {layout.pp - 1}")
+    pp, last = layout.pp, layout.pp * cfg.pipeline.stages_a_rank - 1 if layout.pp > 1 else 0
+    if stage is not None and not 0 <= stage <= last:
+        raise UserError(f"--stage {stage}: layout.pp={pp} has stages 0 to {last}")
     device = assumed.device or (Code.cpu if cfg.train.device is Device.cpu else Code.cuda)
     start = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = [
-            estimate(cfg, world=world, stage=s, imbalance=assumed.imbalance, gpu=device is Code.cuda)
-            for s in (range(layout.pp) if stage is None else [stage])
+            estimate(cfg, world=world, at=at, imbalance=assumed.imbalance, gpu=device is Code.cuda)
+            for at in (range(pp) if stage is None else [cfg.pipeline.rank_of(stage, pp=pp)])
         ]
     seconds = time.monotonic() - start
     if as_json:
@@ -137,22 +139,35 @@ def _page(
         "at the peak of a step",
         "",
     ]
-    rows: list[tuple[str, ...]] = [("stage", "rank", *(kind.value for kind in Kind), "peak", "in")]
+    rows: list[tuple[str, ...]] = [("stage", "layers", "rank", *(kind.value for kind in Kind), "peak", "in")]
     for e in found:
         numbers = (*e.peak.by_kind.values(), e.peak.total)
-        rows.append((str(e.stage), str(e.rank), *(f"{n / 2**30:.3f}" for n in numbers), e.peak.when))
+        stages = ",".join(map(str, e.stages))
+        rows.append(
+            (
+                stages,
+                ",".join(_words(n) for n in e.layers),
+                str(e.rank),
+                *(f"{n / 2**30:.3f}" for n in numbers),
+                e.peak.when,
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    ran = min(micro_batches, MICRO_BATCHES)
+    ran = " to ".join(map(str, sorted({min(e.micro_batches for e in found), max(e.micro_batches for e in found)})))
     lines += [
         "",
-        f"{seconds:.1f} s for a step of {ran} micro-batch{'es' * (ran > 1)} of the first rank of each stage, which "
-        "holds the most where a split is uneven:",
-        f"run on tensors without memory, by the code for {_CODE[device]}s; rows received: "
-        f"{assumed.imbalance:g} x an even share. Not counted: what kernels",
-        "and communication libraries take for themselves, and what the allocator cannot fill.",
+        f"{seconds:.1f} s. Run on tensors without memory: by the code for {_CODE[device]}s, a step of the first rank of each "
+        f"stage, which holds the most",
+        f"where a split is uneven; {ran} micro-batch{'es' * (ran != '1')}, which meet whatever {micro_batches} do; rows "
+        f"received: {assumed.imbalance:g} x an even share. Not counted: what",
+        "kernels and communication libraries take for themselves, and what the allocator cannot fill.",
     ]
     return lines
+
+
+def _words(layers: range) -> str:
+    return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
 
 def _data(cfg: Config, layout: Layout, assumed: MemoryConfig, device: Code, found: list[Estimate]) -> dict:
@@ -161,7 +176,8 @@ def _data(cfg: Config, layout: Layout, assumed: MemoryConfig, device: Code, foun
         "imbalance": assumed.imbalance,
         "stages": [
             {
-                "stage": e.stage, "rank": e.rank, "in": e.peak.when, "peak": e.peak.total,
+                "stages": e.stages, "layers": [[n.start, n.stop] for n in e.layers], "rank": e.rank,
+                "micro_batches": e.micro_batches, "in": e.peak.when, "peak": e.peak.total,
                 "at_peak": {kind.value: n for kind, n in e.peak.by_kind.items()},
                 "between_steps": {kind.value: n for kind, n in e.between_steps.by_kind.items()},
             }

@@ -26,10 +26,6 @@ from moetrain.verify.ranks import LocalRanks, Ranks, TheseRanks
 from moetrain.verify.session import ALONE, FailedError, Reference, Verdict, make_reference, verify
 from moetrain.world import join, launched, wanted_ranks
 
-PP = 1
-"""Pipeline degrees that a sweep visits: raised when pipelines land."""
-UNVISITED = "layouts with pp > 1, since pipeline parallelism is not built yet"
-
 USAGE = """usage: moetrain verify [OPTION ...] [KEY=VALUE ...]
 
 One training step under the config's layout and one on a single rank, from the same weights on the same samples:
@@ -52,11 +48,12 @@ def _parser() -> _Options:
     add("--full", action="store_true", help="at the config's own shapes; without it they shrink first")
     add("--dtype", choices=[d.value for d in DType], help="compute in this, in place of train.dtype")
     add("--all-layouts", metavar="N[,N]", help="every legal layout of N ranks; layout keys are ignored")
-    add("--case", action="append", default=[], metavar="NAME[@N[,N][/K]]:KEY=VALUE ...",
-        help="sweep this variant of the config too; on these ranks, on a sample of K")  # fmt: skip
+    add("--case", action="append", default=[], metavar="NAME[@N[,N][ AXIS=D[,D] ...][/K]]:KEY=VALUE ...",
+        help="sweep this variant of the config; on these ranks, with these degrees, a sample of K")  # fmt: skip
     add("--sample", type=int, metavar="K", help="only K of the layouts, drawn by --seed")
     add("--seed", type=int, default=0, metavar="S")
     add("--write", type=Path, metavar="FILE", help="write a sweep as a page of markdown")
+    add("--append", action="store_true", help="to the end of the page that is there")
     add("--keep", type=Path, metavar="FOLDER", help="keep outcomes and logs there")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one step on the local ranks (120)")
     add("--inject", metavar="FAULT", help="plant a fault in the layout's ranks, to see it found")
@@ -159,10 +156,10 @@ def _sweep(options: argparse.Namespace, words: list[str], command: str) -> int:
     described = {
         name: pages.Case(case.where, configs[name].train.dtype.value, case.overrides) for name, case in cases.items()
     }
-    page = pages.Page(command, str(size(first.model)), described, verdicts, UNVISITED)
+    page = pages.Page(command, str(size(first.model)), described, verdicts)
     print(pages.summary(page))
     if options.write:
-        pages.write(page, options.write)
+        pages.write(page, options.write, append=options.append)
         print(f"written to {options.write}")
     return _code(page.all())
 
@@ -173,12 +170,14 @@ class _Case:
 
     overrides: str
     worlds: tuple[int, ...]
+    degrees: dict[str, tuple[int, ...]]  # axis -> those to visit; an axis that is not there: all
     sample: int | None
 
     @property
     def where(self) -> str:
         ranks = ", ".join(map(str, self.worlds))
-        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}"
+        degrees = "".join(f", {axis} = {', '.join(map(str, of))}" for axis, of in self.degrees.items())
+        return f"{'all' if self.sample is None else self.sample} of {ranks} rank{'s' * (self.worlds != (1,))}{degrees}"
 
 
 def _cases(options: argparse.Namespace) -> dict[str, _Case]:
@@ -186,15 +185,21 @@ def _cases(options: argparse.Namespace) -> dict[str, _Case]:
     everywhere = _worlds(options.all_layouts, f"--all-layouts {options.all_layouts}")
     found: dict[str, _Case] = {}
     for text in options.case:
-        shape = re.fullmatch(r"([\w .,-]+?)(?:@([\d,]+)(?:/(\d+))?)? *:(.*)", text, re.DOTALL)
-        if not shape or shape[1] in found or shape[3] == "0":
+        shape = re.fullmatch(
+            r"([\w .,-]+?)(?:@([\d,]+)((?: +(?:pp|dp|cp|tp|ep|etp|replicate)=[\d,]+)*)(?:/(\d+))?)? *:(.*)",
+            text,
+            re.DOTALL,
+        )
+        if not shape or shape[1] in found or shape[4] == "0":
             raise UserError(
-                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS/SAMPLE:KEY=VALUE ..., with a name of its "
-                f"own, of letters and digits"
+                f"--case {text!r} is not NAME:KEY=VALUE ... or NAME@RANKS AXIS=DEGREES/SAMPLE:KEY=VALUE ..., "
+                f"with a name of its own, of letters and digits"
             )
         worlds = _worlds(shape[2], f"--case {text!r}") if shape[2] else everywhere
-        found[shape[1]] = _Case(shape[4].strip(), worlds, int(shape[3]) if shape[3] else options.sample)
-    return found or {"config": _Case("", everywhere, options.sample)}
+        pairs = (word.split("=") for word in (shape[3] or "").split())
+        degrees = {axis: _worlds(of, f"--case {text!r}") for axis, of in pairs}
+        found[shape[1]] = _Case(shape[5].strip(), worlds, degrees, int(shape[4]) if shape[4] else options.sample)
+    return found or {"config": _Case("", everywhere, {}, options.sample)}
 
 
 def _worlds(text: str, where: str) -> tuple[int, ...]:
@@ -208,7 +213,9 @@ def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
     """Ranks -> the layouts to visit, in a fixed order."""
     found = {}
     for world in case.worlds:
-        layouts = legal(world, pp=PP)
+        copies = case.degrees.get("replicate", (1,))
+        layouts = [replace(n, replicate=r) for n in legal(world) for r in copies if n.dp % r == 0]
+        layouts = [n for n in layouts if all(getattr(n, axis) in of for axis, of in case.degrees.items())]
         if case.sample is not None and case.sample < len(layouts):
             drawn = random.Random(seed).sample(range(len(layouts)), case.sample)
             layouts = [layouts[i] for i in sorted(drawn)]

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain import world
+from moetrain import deferred, world
 from moetrain.moe.rows import ends_on_host, gather
 from moetrain.moe.types import Rows
+from moetrain.rerun import rerun
 
 
 def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
@@ -22,8 +23,18 @@ def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
 def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
     """(M, I) rows by slot, (S, O, I) "out, in" -> (M, O)."""
     if x_MI.dtype in (torch.bfloat16, torch.float16) and world.on_cpu(x_MI):
-        return _RoundedRows.apply(x_MI, w_SOI, offsets_S)  # pyright: ignore[reportReturnType]
-    return F.grouped_mm(x_MI, w_SOI.transpose(1, 2), offs=offsets_S)
+        ends = ends_on_host(offsets_S, num_rows=x_MI.shape[0])
+        return deferred.product(
+            x_MI, w_SOI,
+            y=lambda x, w: _RoundedRows.apply(x, w, ends),  # pyright: ignore[reportArgumentType]
+            d_x=lambda g, w: _by_slot(g, w, ends), d_w=lambda g, x: _weights_by_slot(g, x, ends),
+        )  # fmt: skip
+    return deferred.product(
+        x_MI, w_SOI,
+        y=lambda x, w: F.grouped_mm(x, w.transpose(1, 2), offs=offsets_S),
+        d_x=lambda g, w: F.grouped_mm(g, w, offs=offsets_S),
+        d_w=lambda g, x: F.grouped_mm(g.t(), x, offs=offsets_S),
+    )  # fmt: skip
 
 
 class _RoundedRows(torch.autograd.Function):
@@ -32,22 +43,24 @@ class _RoundedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MI, w_SOI, offsets_S)
-        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends_on_host(offsets_S, num_rows=x_MI.shape[0]))
+    def forward(ctx, x_MI: Tensor, w_SOI: Tensor, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x_MI, w_SOI)
+        ctx.ends = ends
+        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MI, w_SOI, offsets_S = ctx.saved_tensors
-        ends = ends_on_host(offsets_S, num_rows=x_MI.shape[0])
-        d_x_MI = _by_slot(g_MO, w_SOI, ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return d_x_MI, None, None
-        d_w_SOI = torch.empty_like(w_SOI)
-        for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
-            torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
-        return d_x_MI, d_w_SOI, None
+        x_MI, w_SOI = ctx.saved_tensors
+        d_x_MI = _by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
+        return d_x_MI, _weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
+
+
+def _weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
+    d_w_SOI = g_MO.new_empty(len(ends), g_MO.shape[1], x_MI.shape[1])
+    for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
+        torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
+    return d_w_SOI
 
 
 def _by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
@@ -78,9 +91,14 @@ def _round_up(rows: int) -> int:
 _ROWS = 64
 
 
-def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor) -> Tensor:
+def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-    gate_MF, up_MF = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S).chunk(2, dim=-1)
-    hidden_MF = F.silu(gate_MF) * up_MF * rows.weights_M[:, None].to(x_MD.dtype)
-    return _grouped_mm(hidden_MF, down_SDF, rows.offsets_S)
+    both_M2F = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S)
+    return rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+
+
+def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor) -> Tensor:
+    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
+    hidden_MF = F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype)
+    return _grouped_mm(hidden_MF, down_SDF, offsets_S)

@@ -6,6 +6,7 @@ times a factor for those received), tables that the host plans from are real, an
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,49 +20,52 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrain import parallel, train
+from moetrain import comm, parallel, train
 from moetrain import world as worlds
 from moetrain.config import replace
 from moetrain.data.loader import Batch
 from moetrain.job import Config, Data, check
 from moetrain.kernels import grouped, reference
-from moetrain.layouts import views
+from moetrain.layouts import Layout
 from moetrain.memory.ledger import Kind, Ledger, Usage, swapped
 from moetrain.model import attend
 from moetrain.model.attend import Visible
 from moetrain.model.transformer import Transformer
 from moetrain.moe.dispatchers import dropless
 from moetrain.moe.types import Placement
-from moetrain.parallel import state
+from moetrain.optim import muon
+from moetrain.optim.work import Piece
+from moetrain.parallel import pipeline, schedules, state
 from moetrain.parallel.context import Part
 from moetrain.train import Trainer
 from moetrain.world import World
 
-MICRO_BATCHES = 2
-"""Of a step: the first meets no gradients, the last meets them all and reduces them; those between add nothing."""
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of ``rank``, which holds the most of its pipeline stage wherever a split is uneven."""
+    """Bytes of ``rank``, which holds the most of its pipeline stages wherever a split is uneven."""
 
-    stage: int
+    stages: list[int]
+    layers: list[range]  # of each
     rank: int
+    micro_batches: int  # run
     peak: Usage
     between_steps: Usage
 
 
-def estimate(cfg: Config, *, world: int, stage: int = 0, imbalance: float = 1.0, gpu: bool = False) -> Estimate:
-    """One step of a stage's first rank; a rank receives ``imbalance`` times an even share of rows. ``gpu``: by the code
-    that runs on GPUs, with FSDP2's prefetching there.
+def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gpu: bool = False) -> Estimate:
+    """One step of the first rank of a pipeline's rank ``at``; a rank receives ``imbalance`` times an even share of rows.
+    ``gpu``: by the code that runs on GPUs, with FSDP2's prefetching there.
 
     Raises ``UserError`` where the config cannot run on ``world`` ranks. This process may not be in a process group.
     """
     layout = check(cfg, world=world)
     t = cfg.train
-    step = layout.dp * t.micro_batch * min(MICRO_BATCHES, t.batch // (layout.dp * t.micro_batch))
-    cfg = replace(cfg, train=replace(t, batch=step, ramp=type(t.ramp)()))
-    rank = stage * (world // views(layout)["dense"]["pp"])
+    n = micro_batches(cfg, layout, at)
+    cfg = replace(cfg, train=replace(t, batch=layout.dp * t.micro_batch * n, ramp=type(t.ramp)()))
+    rank = at * (world // layout.pp)
+    every = pipeline.stages(cfg.model, layout, cfg.pipeline)
+    stages = cfg.pipeline.stages_of(at, pp=layout.pp) if layout.pp > 1 else [0]
     with _alone_in(world, rank) as here, contextlib.ExitStack() as stack:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         for owner, name, new in _swaps(fake, stack, imbalance, gpu, t.dtype.torch):
@@ -71,7 +75,61 @@ def estimate(cfg: Config, *, world: int, stage: int = 0, imbalance: float = 1.0,
         hold(ledger, trainer)
         with ledger:
             trainer.step()
-        return Estimate(stage, rank, ledger.peak(), ledger.now())
+        return Estimate(stages, [every[s].layers for s in stages], rank, n, ledger.peak(), ledger.now())
+
+
+def micro_batches(cfg: Config, layout: Layout, at: int) -> int:
+    """How many of a step's micro-batches come by all that the step holds; those left out add nothing.
+
+    Without a pipeline two: the first meets no gradients, the last meets them all and reduces them. In one, as many as
+    it takes for each of its moments to be met with no fewer forwards and weight gradients waiting, of each stage.
+    """
+    t = cfg.train
+    real = t.batch // (layout.dp * t.micro_batch)
+    if layout.pp == 1:
+        return min(real, 2)
+    pipe, pp = cfg.pipeline, layout.pp
+    dealt = pipe.order in pipeline._DEALT  # in equal rounds, whose length decides the order
+    step = real // max(1, real // pp) if dealt else 1
+    most = real // step if dealt else real
+    most = step * min(most, -(-_PERIODS * pp // step))
+    wanted = _moments(cfg, layout, at, most)
+    for n in range(step, most, step):
+        if schedules.too_few(pipe, pp=pp, micro_batches=n) is None:
+            have = _moments(cfg, layout, at, n)
+            if all(any(_covers(h, w) for h in have.get(key, ())) for key, states in wanted.items() for w in states):
+                return n
+    return most
+
+
+_PERIODS = 4
+"""Of ``pp`` micro-batches: by then every schedule repeats itself."""
+
+
+def _moments(cfg: Config, layout: Layout, at: int, n: int) -> dict[tuple, set[tuple[int, ...]]]:
+    """What a rank does (kind, stage, stages that are through) -> forwards waiting, weight gradients waiting, backwards
+    begun (0 or 1), of each stage."""
+    pipe, pp, kinds = cfg.pipeline, layout.pp, schedules.Kind
+    orders = schedules.table(pipe.order, pp=pp, chunks=pipe.stages_a_rank, micro_batches=n)
+    mine = pipe.stages_of(at, pp=pp)
+    flying, waiting, left = dict.fromkeys(mine, 0), dict.fromkeys(mine, 0), dict.fromkeys(mine, n)
+    found: dict[tuple, set[tuple[int, ...]]] = {}
+    for kind, s, _ in orders[at]:
+        if kind not in (kinds.forward, kinds.backward, kinds.backward_input, kinds.backward_weight):
+            continue
+        flying[s] += kind is kinds.forward
+        waiting[s] += kind is kinds.backward_input
+        left[s] -= kind in (kinds.backward, kinds.backward_weight)
+        key = kind, s, tuple(x == 0 for x in left.values())
+        begun = (int(x < n) for x in left.values())
+        found.setdefault(key, set()).add((*flying.values(), *waiting.values(), *begun))
+        flying[s] -= kind in (kinds.backward, kinds.backward_input)
+        waiting[s] -= kind is kinds.backward_weight
+    return found
+
+
+def _covers(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return all(h >= w for h, w in zip(have, wanted, strict=True))
 
 
 def hold(ledger: Ledger, trainer: Trainer) -> None:
@@ -113,7 +171,13 @@ def _swaps(
     ]
     return (code_of_gpus if gpu else []) + [
         (parallel, "allocate", fakes_from_here),
-        (state, "parameters", _really),
+        (state, "_offsets", lambda offsets: _really(lambda p: list(offsets(p)))),
+        (muon, "_tables", lambda _: lambda mine, group, device: [mine] * comm.size(group)),
+        (
+            muon,
+            "batches",
+            lambda deal: lambda held, shapes, **known: deal(_tiled(held[0], shapes, ranks=len(held)), shapes, **known),
+        ),
         (train, "initialize", lambda _: lambda *args, **kwargs: None),
         (dropless, "on_host", lambda _: partial(_counts, imbalance=imbalance)),
         (grouped, "ends_on_host", lambda _: _ends),
@@ -140,6 +204,27 @@ def _counts(send_R: Tensor, recv_R: Tensor, *, num_rows: int, imbalance: float) 
 def _ends(offsets_S: Tensor, *, num_rows: int) -> list[int]:
     slots = len(offsets_S)
     return [num_rows * (slot + 1) // slots for slot in range(slots)]
+
+
+def _tiled(mine: list[Piece], shapes: list[tuple[int, int, int, int]], *, ranks: int) -> list[list[Piece]]:
+    """What each of a group's ranks, the first of which holds ``mine``, has of Muon's matrices: a parameter is tiled
+    with boxes like the first rank's, which are dealt in turn."""
+    boxes: dict[int, list[Piece]] = {}
+    for piece in mine:
+        boxes.setdefault(piece[0], []).append(piece)
+    held: list[list[Piece]] = [[] for _ in range(ranks)]
+    for number, first in boxes.items():
+        E, *whole = shapes[number]
+        units, sizes = [piece[1] for piece in first], first[0][3]
+        units += [e for e in range(E) if e not in set(units)]
+        runs = [units[i : i + len(first)] for i in range(0, E, len(first))]
+        corners = itertools.product(*(range(0, n, step) for n, step in zip(whole, sizes, strict=True)))
+        tiles = [(run, corner) for corner in corners for run in runs]
+        for rank in range(ranks):
+            run, at = tiles[rank % len(tiles)]
+            L, R, C = (min(step, n - i) for n, step, i in zip(whole, sizes, at, strict=True))
+            held[rank] += [(number, e, at, (L, R, C)) for e in run]
+    return held
 
 
 def _even(total: int, parts: int) -> list[int]:

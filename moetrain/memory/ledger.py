@@ -22,15 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import moetrain.moe  # noqa: F401 (registers the dispatchers)
-from moetrain import comm
+from moetrain import comm, deferred, rerun
 from moetrain.config import OPTIONS
+from moetrain.parallel import data, pipeline
 
 
 class Kind(Enum):
     parameters = "parameters"  # this rank's shards, and buffers
     gradients = "gradients"  # sharded, and unsharded ones that wait for their reduction
     optimizer = "optimizer"
-    activations = "activations"  # made in a forward and still there when the next backward begins
+    # made or received outside a backward and still there when the next begins; made again in one, for later in it;
+    # left by one: factors of weight gradients that wait, what goes to the stage before
+    activations = "activations"
     dispatch = "dispatch"  # made by a dispatcher, or by the backward of what it did
     fsdp = "FSDP"  # gathered weights, and what goes into a collective or comes out
     other = "other"  # temporaries
@@ -57,9 +60,12 @@ class Ledger(TorchDispatchMode):
         self._moments: list[tuple[int, str]] = [(0, "forward")]  # from which change on
         self._labels: list[Kind] = []  # innermost last
         self._young: list[int] = []  # made outside a backward since the last one
+        self._born: list[int] = []  # made in this backward
+        self._again = False  # whether backward runs a part of a forward
         self._dispatched: list[tuple[int, int]] = []  # half-open runs of autograd's sequence numbers
         self._params: list[Tensor] = []
-        self._backwards = self._blind = 0
+        self._backwards = self._depth = self._blind = 0
+        self._action = ""  # of a pipeline
         self._stack = contextlib.ExitStack()
 
     def hold(self, tensors: Iterable[Tensor], kind: Kind) -> None:
@@ -96,6 +102,15 @@ class Ledger(TorchDispatchMode):
         swap = lambda owner, name, new: self._stack.enter_context(swapped(owner, name, new))  # noqa: E731
         swap(torch.UntypedStorage, "resize_", self._resizing)
         swap(torch.autograd, "backward", self._in_backward)
+        swap(deferred, "run", self._in_backward)
+        swap(
+            rerun,
+            "checkpoint",
+            lambda checkpoint: lambda fn, *args, **kw: checkpoint(self._made_again(fn), *args, **kw),
+        )
+        swap(rerun._Made, "unpack", self._made_again)
+        swap(pipeline._Run, "do", self._doing)
+        swap(data, "_add_up", self._adding)
         swap(comm, "reduce_scatter", self._unseen)  # gloo copies its input, NCCL does not
         for name in ("unshard", "wait_for_unshard"):
             swap(FSDPParamGroup, name, self._labelled(Kind.fsdp))
@@ -123,7 +138,7 @@ class Ledger(TorchDispatchMode):
         if self._labels:
             return self._labels[-1]
         node = torch._C._current_autograd_node()
-        if node is None:
+        if node is None or self._again:
             return Kind.other
         number = node._sequence_nr()
         run = bisect_right(self._dispatched, (number, torch.inf)) - 1
@@ -134,8 +149,8 @@ class Ledger(TorchDispatchMode):
         self._serials[key] = serial
         self._sizes.append(0)
         self._kinds.append(kind)
-        if kind is Kind.other and torch._C._current_autograd_node() is None:
-            self._young.append(serial)
+        if kind is Kind.other:
+            (self._born if self._depth else self._young).append(serial)
         weakref.finalize(storage, self._drop, key)
         self._set(serial, storage.nbytes())
 
@@ -160,17 +175,63 @@ class Ledger(TorchDispatchMode):
 
     def _in_backward(self, backward: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any):
-            for serial in self._young:
-                if self._kinds[serial] is Kind.other and self._sizes[serial]:
-                    self._kinds[serial] = Kind.activations
-            self._young.clear()
+            if self._depth:  # a product's, which was not put off
+                return backward(*args, **kwargs)
+            self._keep(self._young)
             self._backwards += 1
-            self._moments.append((len(self._changes), f"backward {self._backwards}"))
+            self._moments.append((len(self._changes), self._action or f"backward {self._backwards}"))
+            self._depth = 1
             backward(*args, **kwargs)
-            self._moments.append((len(self._changes), f"forward {self._backwards + 1}"))
+            self._depth = 0
+            self._moments.append((len(self._changes), self._action or f"forward {self._backwards + 1}"))
             self._mark(p.grad for p in self._params)
+            self._keep(self._born)
 
         return watched
+
+    def _keep(self, made: list[int], start: int = 0) -> None:
+        """Of what was made, what is still there and nothing else is an activation."""
+        for serial in made[start:]:
+            if self._kinds[serial] is Kind.other and self._sizes[serial]:
+                self._kinds[serial] = Kind.activations
+        del made[start:]
+
+    def _made_again(self, fn: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any):
+            if not self._depth or self._again:
+                return fn(*args, **kwargs)
+            first, self._again = len(self._born), True
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                self._again = False
+                self._keep(self._born, first)
+
+        return watched
+
+    def _doing(self, do: Callable) -> Callable:
+        def watched(run: Any, action: pipeline.Action):
+            several = f" of stage {action.stage}" if len(run.left) > 1 else ""
+            self._action = f"{action.kind.name.replace('_', ' ')} {action.micro_batch + 1}{several}"
+            self._moments.append((len(self._changes), self._action))
+            do(run, action)
+            self._action = ""
+            self._moments.append((len(self._changes), "end"))
+
+        return watched
+
+    def _adding(self, add_up: Callable) -> Callable:
+        def watched(unit: Any) -> None:
+            self._mark_unsharded(unit)
+            add_up(unit)
+            self._mark_unsharded(unit)
+
+        return watched
+
+    def _mark_unsharded(self, unit: Any) -> None:
+        for group in data._groups(unit):
+            params = [p for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+            self._mark(g for p in params for g in (p._unsharded_param.grad, p.unsharded_accumulated_grad))
 
     def _reducing(self, post_backward: Callable) -> Callable:
         def watched(group: Any, *args: Any):

@@ -42,8 +42,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(num_kv_heads * head_dim if full else head_dim, eps=eps)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        """(B, S, D) -> (B, S, D). ``rope`` are the tables of this rank's queries, ``visible`` the keys they see."""
-        x_BSD = comm.gather(x_BSD, dim=1, group=self.group)
+        """(B, S, D) -> (B, S, D); in a ``group``, S is gathered before and this rank's shard after.
+
+        ``rope`` are the tables of this rank's queries, ``visible`` the keys they see.
+        """
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
         if self.qk_norm is QKNorm.full:
             q, k = self.q_norm(q), self.k_norm(k)

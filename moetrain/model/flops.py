@@ -52,6 +52,19 @@ def flops_per_token(cfg: ModelConfig, *, seq_len: int) -> float:
     return 6.0 * size(cfg).matmul + attention
 
 
+def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
+    """Layer -> forward flops a token, and of "embedding" and "head", loss included; attention's scores are not there,
+    which every layer has alike."""
+    D, H = cfg.dim, cfg.width_of_heads
+    attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+    moe = cfg.moe
+    routed = 2 * (D * moe.num_experts + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
+    costs: dict[int | str, float] = {
+        i: attention + (routed if cfg.is_moe(i) else 6 * D * cfg.dense_hidden) for i in range(cfg.num_layers)
+    }
+    return costs | {"embedding": D, "head": 2 * (D + 3) * cfg.vocab_size}
+
+
 def _short(n: int) -> str:
     for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if n >= scale:

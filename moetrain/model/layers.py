@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, deferred
 from moetrain.config import UserError, config
 
 
@@ -67,13 +67,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return deferred.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): dense layers and shared experts.
 
-    With a ``group``, each rank has a slice of the hidden width and a shard of the sequence.
+    With a ``group``, each rank has a slice of the hidden width.
     """
 
     group: ProcessGroup | None = None
@@ -84,9 +84,9 @@ class SwiGLU(nn.Module):
         self.down = Linear(hidden, dim)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x = comm.gather(x_BSD, dim=1, group=self.group)
-        return comm.scatter_sum(self.down(F.silu(self.gate(x)) * self.up(x)), dim=1, group=self.group)
+        """(B, S, D) -> (B, S, D); in a ``group``, S is gathered before and this rank's shard after."""
+        y_BSD = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        return comm.scatter_sum(y_BSD, dim=1, group=self.group)
 
 
 class Scaling(Enum):

@@ -2,23 +2,26 @@
 is parallel: modules hold ``group: ProcessGroup | None``, set by ``parallel/``; ``None`` means alone."""
 
 import math
-from dataclasses import field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, world
+from moetrain import comm, deferred, world
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import Linear, RMSNorm, Rope, RopeConfig, SwiGLU
+from moetrain.model.loss import summed, summed_in_chunks
 from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.types import Carry, Context
+from moetrain.rerun import remake, rerun
 
 
 @config
@@ -88,7 +91,7 @@ class SharedExpert(nn.Module):
         self.gate = Linear(dim, 1) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ffn(x)
+        y = self.ffn(comm.gather(x, dim=1, group=self.ffn.group))
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
 
@@ -100,7 +103,15 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), where ffn is dense, or routed experts plus a shared one."""
+    """x + attention(norm(x)), then x + ffn(norm(x)), where ffn is dense, or routed experts plus a shared one.
+
+    What backward computes again, rather than keep it, is off by default; ``parallel/recompute.py`` sets it.
+    """
+
+    rerun_all: bool = False
+    remake_norms: bool = False
+    rerun_attention: bool = False
+    rerun_moe: bool = False
 
     def __init__(self, cfg: ModelConfig, *, layer: int) -> None:
         super().__init__()
@@ -116,15 +127,35 @@ class Block(nn.Module):
         self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), shared.rope, shared.visible)
-        h_BSD = self.ffn_norm(x_BSD)
+        if self.rerun_all:
+            ctx = ctx.for_rerun()
+        return rerun(self._layer, x_BSD, carry, ctx, shared, on=self.rerun_all)
+
+    def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
+        attention = partial(self.attention, rope=shared.rope, visible=shared.visible)
+        group, again = self.attention.group, self.rerun_attention
+        x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
         if self.ffn is not None:
-            return x_BSD + self.ffn(h_BSD), carry
+            return x_BSD + self._normed(self.ffn_norm, self.ffn, x_BSD, group=self.ffn.group), carry
+        routed = partial(self._routed, carry=carry, ctx=ctx.for_rerun() if self.rerun_moe else ctx)
+        y_BSD, carry = self._normed(self.ffn_norm, routed, x_BSD, again=self.rerun_moe)
+        return x_BSD + y_BSD, carry
+
+    def _routed(self, h_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         assert self.moe is not None
         y_BSD, carry = self.moe(h_BSD, carry, ctx)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(h_BSD)
-        return x_BSD + y_BSD, carry
+        return (y_BSD if self.shared is None else y_BSD + self.shared(h_BSD)), carry
+
+    def _normed(
+        self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False
+    ) -> Any:
+        """``use`` of the normed x, S gathered over the group; whether ``use`` is computed ``again`` in backward."""
+        whole = partial(comm.gather, dim=1, group=group)
+        if again and not self.remake_norms:
+            return rerun(lambda h: use(whole(h)), norm(x_BSD))
+        if again:
+            return rerun(lambda x: use(whole(norm(x))), x_BSD)
+        return remake(lambda x: whole(norm(x)), use, x_BSD) if self.remake_norms else use(whole(norm(x_BSD)))
 
 
 class Vocabulary(nn.Module):
@@ -134,6 +165,7 @@ class Vocabulary(nn.Module):
     """
 
     group: ProcessGroup | None = None
+    loss_rows: int = 0  # tokens whose logits are held at a time for a loss; 0 = all
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -144,6 +176,11 @@ class Vocabulary(nn.Module):
     def first_row(self) -> int:
         """The token id of this rank's first row."""
         return comm.rank(self.group) * self.weight.shape[0]
+
+    @property
+    def real_rows(self) -> int:
+        """How many of this rank's rows are not padding."""
+        return max(0, min(self.weight.shape[0], self.size - self.first_row))
 
 
 class Embedding(Vocabulary):
@@ -161,113 +198,95 @@ class Embedding(Vocabulary):
 
 
 class Head(Vocabulary):
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, V); in a group, S is gathered and V is this rank's slice."""
-        return score(x_BSD, self)
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """See ``predict``. The loss is made here: a weight stored in shards is gathered for calls of its module."""
+        return predict(x_BSD, self, targets_BS)
+
+
+def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tensor:
+    """(B, S, D) -> (B, S, V) logits; given targets, their () summed loss, in chunks of ``rows.loss_rows`` tokens."""
+    if targets_BS is None:
+        return score(x_BSD, rows)
+    if rows.loss_rows == 0:
+        return summed(score(x_BSD, rows), targets_BS, first_row=rows.first_row, group=rows.group)
+    x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
+    return summed_in_chunks(
+        x_BSD, rows.weight, targets_BS, real_rows=rows.real_rows, first_row=rows.first_row, group=rows.group,
+        step=rows.loss_rows,
+    )  # fmt: skip
 
 
 def score(x_BSD: Tensor, rows: Vocabulary) -> Tensor:
-    """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad."""
-    real = max(0, min(rows.weight.shape[0], rows.size - rows.first_row))
+    """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad; in a group, S is gathered."""
+    real = rows.real_rows
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
-    logits_BSV = F.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
+    logits_BSV = deferred.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
     return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A run of consecutive layers; the ``first`` one begins with the embedding, the ``last`` ends with the head."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
 class Transformer(nn.Module):
+    """What a rank has of the model: the whole, or its ``stages`` of a pipeline. Names are those of the whole."""
+
     ulysses: bool = False
 
-    def __init__(self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, cfg: ModelConfig, *, dtype: torch.dtype = torch.float32, stages: tuple[Stage, ...] | None = None
+    ) -> None:
         """``dtype`` is what it computes in; weights keep the dtype they are given."""
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
-        self.embedding = Embedding(cfg)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in range(cfg.num_layers)})
-        self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else Head(cfg)
+        self.stages = stages or (Stage(range(cfg.num_layers)),)
+        first, last = (any(getattr(stage, end) for stage in self.stages) for end in ("first", "last"))
+        self.embedding = Embedding(cfg) if first or (last and cfg.tie_embeddings) else None
+        layers = sorted(i for stage in self.stages for i in stage.layers)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, layer=i) for i in layers})
+        self.norm = RMSNorm(cfg.dim, eps=cfg.norm_eps) if last else None
+        self.head = Head(cfg) if last and not cfg.tie_embeddings else None
         self.rope = Rope(cfg.rope, head_dim=cfg.width_of_heads)
 
-    def forward(self, tokens_BS: Tensor, ctx: Context) -> Tensor:
-        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary; S before sequence parallelism."""
-        x_BSD = self.embedding(tokens_BS, self.dtype)
-        shared = self.shared(ctx, tokens_BS)
-        carry: Carry = {}
-        for block in self.blocks.values():
-            x_BSD, carry = block(x_BSD, carry, ctx, shared)
-        x_BSD = self.norm(x_BSD)
-        return score(x_BSD, self.embedding) if self.head is None else self.head(x_BSD)
+    def forward(
+        self, x: Tensor, ctx: Context, targets_BS: Tensor | None = None, *, carry: Carry | None = None,
+        stage: Stage | None = None,
+    ) -> Tensor | tuple[Tensor, Carry]:  # fmt: skip
+        """(B, S) int64 -> (B, S, V) logits of this rank's rows of the vocabulary; S before sequence parallelism.
 
-    def shared(self, ctx: Context, tokens_BS: Tensor) -> Shared:
-        """The rotary tables and the attention plan of a micro-batch."""
-        device, pieces = tokens_BS.device, ctx.pieces or ((0, tokens_BS.shape[1]),)
+        Given targets, their () summed loss instead. By default all is one ``stage``; one that is not the first takes
+        the (B, S, D) shard and the carry of the one before, one that is not the last returns them.
+        """
+        stage = stage or self.stages[0]
+        passed: Carry = carry or {}
+        shared = self.shared(ctx, x)
+        if stage.first:
+            assert self.embedding is not None
+            x = self.embedding(x, self.dtype)
+        for i in stage.layers:
+            x, passed = self.blocks[str(i)](x, passed, ctx, shared)
+        if not stage.last:
+            return x, passed
+        assert self.norm is not None
+        x = self.norm(x)
+        if self.head is not None:
+            return self.head(x, targets_BS)
+        assert self.embedding is not None
+        return predict(x, self.embedding, targets_BS)
+
+    def shared(self, ctx: Context, x: Tensor) -> Shared:
+        """The rotary tables and the attention plan of a micro-batch, whose tokens or shard of activations ``x`` is."""
+        device, pieces = x.device, ctx.pieces or ((0, x.shape[1]),)
         cos, sin = self.rope(torch.cat([torch.arange(*piece, device=device) for piece in pieces]))
-        length = ctx.length or tokens_BS.shape[1]
+        length = ctx.length or x.shape[1]
         seen = ((0, length),) if self.ulysses else pieces
         visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
         return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
 
-    @property
-    def predicts(self) -> Vocabulary:
-        """Whose rows the logits are of."""
-        return self.embedding if self.head is None else self.head
-
     def moe_layers(self) -> list[MoE]:
         return [block.moe for block in self.blocks.values() if block.moe is not None]  # pyright: ignore
-
-
-def token_losses(logits_BSV: Tensor, targets_BS: Tensor, *, rows: Vocabulary | None = None) -> Tensor:
-    """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it.
-
-    ``rows`` says which slice of the vocabulary V is; every rank of its group returns the whole sum. None: V is all.
-    """
-    group, first_row = (None, 0) if rows is None else (rows.group, rows.first_row)
-    logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
-    wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    if group is not None or (logits_TV.dtype != wide and world.on_cpu(logits_TV)):
-        return _CrossEntropy.apply(logits_TV, targets_T, first_row, group)  # pyright: ignore[reportReturnType]
-    logits_TV = logits_TV.to(wide)
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy, widened a few rows at a time, on a CPU those that stay in a core's cache. The vocabulary
-    may be split."""
-
-    @staticmethod
-    def forward(ctx, logits_TV: Tensor, targets_T: Tensor, first_row: int, group: ProcessGroup | None) -> Tensor:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        lse_T = logits_TV.new_empty(logits_TV.shape[0], dtype=wide)
-        picked_T = torch.empty_like(lse_T)
-        column_T = targets_T - first_row
-        here_T = (column_T >= 0) & (column_T < logits_TV.shape[1])  # -100 is nowhere
-        column_T = torch.where(here_T, column_T, 0)
-        for rows in _row_blocks(logits_TV):
-            block = logits_TV[rows].to(wide)
-            torch.logsumexp(block, -1, out=lse_T[rows])
-            picked_T[rows] = block.gather(1, column_T[rows, None])[:, 0]
-        picked_T = comm.all_reduce_(torch.where(here_T, picked_T, 0), group=group)
-        if group is not None:
-            most_T = comm.all_reduce_(lse_T.clone(), group=group, op=dist.ReduceOp.MAX)
-            lse_T = comm.all_reduce_((lse_T - most_T).exp(), group=group).log() + most_T
-        counted_T = targets_T != -100
-        ctx.save_for_backward(logits_TV, column_T, here_T, counted_T, lse_T)
-        return torch.where(counted_T, lse_T - picked_T, 0).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits_TV, column_T, here_T, counted_T, lse_T = ctx.saved_tensors
-        d_logits_TV = torch.empty_like(logits_TV)
-        column_T1, g_T1 = column_T[:, None], torch.where(counted_T, g, 0)[:, None]
-        hit_T1 = here_T[:, None].to(lse_T.dtype)
-        for rows in _row_blocks(logits_TV):
-            block = (logits_TV[rows] - lse_T[rows, None]).exp_()
-            block.scatter_(1, column_T1[rows], block.gather(1, column_T1[rows]) - hit_T1[rows])
-            torch.mul(block, g_T1[rows], out=block)
-            d_logits_TV[rows] = block
-        return d_logits_TV, None, None, None
-
-
-def _row_blocks(x_TV: Tensor) -> list[slice]:
-    step = max(1, (2**17 if world.on_cpu(x_TV) else 2**27) // x_TV.shape[1])
-    return [slice(start, start + step) for start in range(0, x_TV.shape[0], step)]

@@ -12,6 +12,8 @@ from moetrain.moe.types import Rows
 class Experts(nn.Module):
     """Weights of the experts this rank owns, stacked on dim 0 in slot order; which experts those are is a Placement."""
 
+    rerun_activation: bool = False  # in backward, rather than keep it
+
     def __init__(self, num_owned: int, *, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_owned, 2, hidden, dim))
@@ -22,4 +24,4 @@ class Experts(nn.Module):
         dtype = rows.x_ND.dtype
         if rows.offsets_S.shape[0] > self.gate_up.shape[0]:
             rows = replace(rows, offsets_S=rows.offsets_S[: self.gate_up.shape[0]])
-        return backend(rows, self.gate_up.to(dtype), self.down.to(dtype))
+        return backend(rows, self.gate_up.to(dtype), self.down.to(dtype), again=self.rerun_activation)

@@ -32,6 +32,11 @@ class MoEConfig:
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
 
+    @property
+    def terms(self) -> dict[str, Balance]:
+        """The balance terms that add a loss."""
+        return {name: term for name, term in self.balance.items() if type(term).loss is not Balance.loss}
+
     def __post_init__(self) -> None:
         if self.router.top_k > self.num_experts:
             raise UserError(
@@ -58,7 +63,7 @@ class MoE(nn.Module):
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
-        self.terms = {name: term for name, term in cfg.balance.items() if type(term).loss is not Balance.loss}
+        self.terms = cfg.terms
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 
@@ -80,10 +85,10 @@ class MoE(nn.Module):
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
         tokens = Tokens(x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group)
         logits_TE, carry = self.gate(x_TD, carry)
-        routing = self.cfg.router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        routing, again = self._route(logits_TE, ctx)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
-        if ctx.ids is not None and ctx.scores is not None:
+        if ctx.ids is not None and ctx.scores is not None and not again:
             ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
@@ -113,6 +118,16 @@ class MoE(nn.Module):
         """Between steps, given the step's global load (E,) int64: move the bias, plan the next placement."""
         for term in self.cfg.balance.values():
             self.bias_E.copy_(term.bias(self.bias_E, load_E))
+
+    def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
+        """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
+        router, chosen = self.cfg.router, ctx.chosen
+        if chosen is not None and self.layer in chosen:
+            return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
+        routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        if chosen is not None:
+            chosen[self.layer] = routing.ids_TK.int()
+        return routing, False
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
         total = None

@@ -7,7 +7,7 @@ Shape letters, used as name suffixes everywhere in moe/:
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,8 +36,13 @@ class Context:
     pieces: tuple[tuple[int, int], ...] = ()  # [start, end) of the positions that its attention asks from; () = a row
     length: int = 0  # P: positions of a whole row, padding included; 0 = as many as there are
     documents_BP: Tensor | None = None  # int64 on the host, of whole rows; None = attention crosses documents
+    chosen: dict[int, Tensor] | None = None  # layer -> (T, K) ids that the layer leaves to itself, if it is run again
     ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
     scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) what they were chosen by, likewise
+
+    def for_rerun(self) -> "Context":
+        """The same for one call that may be run again: the second run takes the first one's choices."""
+        return replace(self, chosen={})
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ class Rows:
 class GateConfig(ABC):
     """Offers a gate: the parameters that turn x into logits."""
 
+    @property
+    def carries(self) -> dict[str, int]:
+        """Name -> width of the (T, width) tensors that it passes on: each gate puts all of them into its carry."""
+        return {}
+
     @abstractmethod
     def build(self, *, dim: int, num_experts: int) -> nn.Module:
         """A module whose forward is (x_TD, carry) -> (logits_TE in promote_types(x.dtype, float32), carry)."""
@@ -159,6 +169,14 @@ class Router(ABC):
 
     @abstractmethod
     def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing: ...
+
+    @abstractmethod
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) -> (T, E), without the bias."""
+
+    @abstractmethod
+    def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
+        """The Routing of choices that were made before: what ``__call__`` returned with these ids, -1 included."""
 
 
 @config

@@ -1,7 +1,9 @@
 """The order in which a model is made parallel. Read this file first.
 
-    build on meta -> cut dense weights (tp) -> place experts (ep, etp) -> say who holds the rest of a sequence (cp)
-    -> shard storage (FSDP2: experts over edp, the rest over dp*cp) -> allocate
+    deal layers to stages (pp) -> build this rank's on meta -> cut dense weights (tp) -> place experts (ep, etp)
+    -> say who holds the rest of a sequence (cp) -> say what backward computes again (recompute)
+    -> shard storage (FSDP2: experts over edp, the rest over dp*cp)
+    -> allocate
 
 Every parameter has one answer to "over which ranks is my gradient summed": its FSDP unit's axes, and where several
 ranks of tp hold the same elements, those (``plan.py``). Experts need no more: the all-to-all's backward has brought
@@ -16,9 +18,11 @@ from moetrain.config import UserError
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.parallel import context, data, expert, plan, tensor
+from moetrain.parallel import context, data, expert, pipeline, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.recompute import RecomputeConfig
+from moetrain.parallel.schedules import PipelineConfig
 
 
 def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
@@ -29,12 +33,11 @@ def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
     )  # fmt: skip
 
 
-def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig) -> None:
+def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig, stages: PipelineConfig) -> None:
     """Raise ``UserError`` for what a solved layout cannot do with this model, before any rank starts."""
-    if layout.pp > 1:
-        raise UserError(f"layout.pp={layout.pp}: pipeline parallelism is not built yet; use layout.pp=1")
     if rule := broken_rule(layout, shape(cfg, context)):
         raise UserError(rule)
+    pipeline.stages(cfg, layout, stages)
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,40 @@ class Parallel:
 
     model: Transformer
     plan: plan.Plan
+    pipeline: pipeline.Pipeline | None  # None: one stage
 
 
 def parallelize(
-    cfg: ModelConfig, mesh: Mesh, *, sharding: ShardingConfig, context_cfg: ContextConfig, dtype: torch.dtype
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    sharding: ShardingConfig,
+    context_cfg: ContextConfig,
+    stages: PipelineConfig,
+    recompute_cfg: RecomputeConfig,
+    dtype: torch.dtype,
 ) -> Parallel:
     """This rank's part of the model, zeros everywhere. ``dtype`` is what it computes in. Collective.
 
     Master weights are float32, or float64 where the model computes in that.
     """
     master = torch.promote_types(dtype, torch.float32)
+    every, pp = pipeline.stages(cfg, mesh.layout, stages), mesh.layout.pp
+    mine = every if pp == 1 else [every[s] for s in stages.stages_of(mesh.index("dense", "pp"), pp=pp)]
     with torch.device("meta"):
-        model = Transformer(cfg, dtype=dtype).to(master)
+        model = Transformer(cfg, dtype=dtype, stages=tuple(mine)).to(master)
         held = tensor.place(model, mesh) | expert.place(model, mesh, dtype=master)
+    if cfg.tie_embeddings and pp > 1 and stages.rank_of(len(every) - 1, pp=pp) != 0:
+        pipeline.tie(held, mesh)
     context.place(model, mesh, cfg=context_cfg)
+    recompute.place(model, cfg=recompute_cfg)
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, mesh)) for name, h in held.items()}
     allocate(model, mesh.device)
-    return Parallel(model, held)
+    if pp == 1:
+        return Parallel(model, held, None)
+    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:

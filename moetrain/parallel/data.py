@@ -1,5 +1,6 @@
 """Data parallelism by FSDP2: experts over edp, everything else over dp*cp; every reduction is a plain SUM."""
 
+import itertools
 from enum import Enum
 
 import torch
@@ -12,7 +13,7 @@ from moetrain import comm, world
 from moetrain.config import UserError, config
 from moetrain.layouts import views
 from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer
+from moetrain.model.transformer import Stage, Transformer
 
 
 class Accumulate(Enum):
@@ -52,7 +53,8 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
                 shard_placement_fn=_expert_dim(experts.size(-1)),
             )  # fmt: skip
     if dense is not None:
-        ends = [model.embedding, model.head] if model.head is not None else []  # a tied one, used at both: the root's
+        tied = model.cfg.tie_embeddings  # one, used at both ends: the root's
+        ends = [] if tied else [end for end in (model.embedding, model.head) if end is not None]
         for unit in (*ends, *model.blocks.values(), model):
             fully_shard(
                 unit, mesh=dense, mp_policy=policy, ignored_params=unsharded,
@@ -65,6 +67,9 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             if world.on_cpu(mesh.device):  # nothing overlaps here: hold no more than what is being computed
                 module.set_modules_to_backward_prefetch([module])
                 module.set_custom_reduce_scatter(_ReduceScatter())
+    if not world.on_cpu(mesh.device) and mesh.layout.pp > 1:
+        for stage in model.stages:
+            _prefetch_along(stage, model)
 
 
 class _ReduceScatter(ReduceScatter):
@@ -100,6 +105,80 @@ def set_last_micro_batch(model: Transformer, last: bool, *, sharding: ShardingCo
             module.set_requires_gradient_sync(last or sharding.accumulate is Accumulate.sharded, recurse=False)
             module.set_requires_all_reduce(last, recurse=False)  # of HSDP's copies: once a step
             module.set_is_last_backward(last)
+
+
+class Units:
+    """The FSDP units of a pipeline rank during a step: gradients are reduced when a stage says so, not by a backward.
+
+    A backward cannot know: several micro-batches are on their way, and weight gradients may come later than it. Under
+    level 2 weights stay gathered until the stage's last backward.
+    """
+
+    def __init__(self, model: Transformer, *, sharding: ShardingConfig) -> None:
+        self.model, self.sharded = model, sharding.accumulate is Accumulate.sharded
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        experts = {id(layer.experts) for layer in model.moe_layers()}
+        for unit in self.units:
+            level = sharding.experts if id(unit) in experts else sharding.dense
+            unit.set_is_last_backward(False)
+            unit.set_requires_gradient_sync(False, recurse=False)
+            unit.set_reshard_after_backward(level == 3, recurse=False)
+
+    def reduce(self, stage: Stage, last: bool) -> None:
+        """A micro-batch's gradients of a stage are whole; ``last``: of the step."""
+        model = self.model
+        parts = [model.blocks[str(i)] for i in stage.layers]
+        if not model.cfg.tie_embeddings:  # a tied one is the root's, which is whole at the end
+            parts += [end for end, here in ((model.embedding, stage.first), (model.head, stage.last)) if here and end]
+        for unit in (module for part in parts for module in part.modules() if isinstance(module, FSDPModule)):
+            if last or self.sharded:
+                self._reduce(unit, last)
+            else:
+                _add_up(unit)
+
+    def finish(self) -> None:
+        """After the last stage's: the root's, and wait for all."""
+        for unit in self.units:
+            self._reduce(unit, True)
+        for unit in self.units:
+            state = unit._get_fsdp_state()
+            unit.set_is_last_backward(True)
+            if state._is_root:
+                state._root_post_backward_final_callback()
+
+    def _reduce(self, unit: FSDPModule, last: bool) -> None:
+        unit.set_requires_gradient_sync(True, recurse=False)
+        unit.set_requires_all_reduce(last, recurse=False)  # of HSDP's copies: once a step
+        if last:
+            unit.set_reshard_after_backward(True, recurse=False)
+        for group in _groups(unit):
+            group.post_backward()
+        unit.set_requires_gradient_sync(False, recurse=False)
+
+
+def _prefetch_along(stage: Stage, model: Transformer) -> None:
+    """Gather a stage's next block early: FSDP2's own guess is the order of the last forward, of any micro-batch."""
+    blocks = [block for i in stage.layers if isinstance(block := model.blocks[str(i)], FSDPModule)]
+    for block, after in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([block])
+    for block in blocks[:1]:
+        block.set_modules_to_backward_prefetch([block])
+
+
+def _add_up(unit: FSDPModule) -> None:
+    """Move a micro-batch's gradients to where they are added in the dtype of the reduction."""
+    for group in _groups(unit):
+        for p in group.fsdp_params:
+            if hasattr(p, "_unsharded_param"):
+                p.accumulate_unsharded_grad_if_needed()
+                p.to_accumulated_grad_if_needed()
+
+
+def _groups(unit: FSDPModule) -> list:
+    state = unit._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before it, one or none
+    return several if several is not None else [g for g in [state._fsdp_param_group] if g is not None]
 
 
 def _expert_dim(ranks: int):

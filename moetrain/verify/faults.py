@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from moetrain import comm, train
+from moetrain import comm, deferred, train
 from moetrain.config import UserError, nearest
 from moetrain.job import Config
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
-from moetrain.model import attention, transformer
+from moetrain.model import attention, loss
 from moetrain.model.attention import QKNorm
 from moetrain.model.layers import RMSNorm, Rope
 from moetrain.moe import layer
@@ -26,6 +26,7 @@ from moetrain.moe.balance.expert_bias import ExpertBias
 from moetrain.moe.balance.sequence import Sequence
 from moetrain.moe.balance.switch import Switch
 from moetrain.moe.dispatchers import capacity
+from moetrain.optim import Kind
 from moetrain.parallel import state
 from moetrain.parallel.context import Part
 from moetrain.parallel.plan import Held
@@ -223,14 +224,14 @@ def padding_counted() -> Swaps:
     _if("masked documents or ignored tokens", lambda cfg, n: cfg.data.mask_documents or bool(cfg.data.ignore_tokens)),
 )
 def local_divisor() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
-    def wrong(self, m, first, *, targets, routed_tokens, seen=None):
+    def wrong(self, m, first, **rest):
         t = self.cfg.train
         own = self.data.loader.num_targets(first, t.micro_batch) * t.batch // t.micro_batch
-        return right(self, m, first, targets=own, routed_tokens=routed_tokens, seen=seen)
+        return right(self, m, first, **rest | {"targets": own})
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]
 
 
 @_fault(
@@ -258,15 +259,24 @@ def weights_by_rank() -> Swaps:
     return [(train, "initialize", wrong)]
 
 
+@_fault(
+    "Muon's updates are orthogonal shard by shard, not as whole matrices",
+    _if("optim.kind=muon and two ranks", lambda cfg, n: n.world > 1 and cfg.optim.kind is Kind.muon),
+)
+def muon_by_shard() -> Swaps:
+    right = train.Optimizer
+    return [(train, "Optimizer", lambda cfg, params, **rest: right(cfg, params))]
+
+
 @_fault("every data-parallel rank reads the same samples", _if("dp > 1", lambda cfg, n: n.dp > 1))
 def same_samples() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
     def wrong(self, m, first, **rest):
         share = self.cfg.train.batch // self.mesh.layout.dp
         return right(self, m, first - self.mesh.index("dense", "dp") * share, **rest)
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]
 
 
 @_fault("the softmax of the head sees this rank's slice of the vocabulary only", _TP)
@@ -277,7 +287,7 @@ def vocabulary_normalized_locally() -> Swaps:
         def __getattr__(self, name):
             return getattr(comm, name)
 
-    return [(transformer, "comm", Alone())]
+    return [(loss, "comm", Alone())]
 
 
 @_fault(
@@ -301,6 +311,52 @@ def capacity_per_rank() -> Swaps:
 
 
 @_fault(
+    "the gradient norm is that of a stage, not of all",
+    _if("pp > 1 and a clip", lambda cfg, n: n.pp > 1 and cfg.optim.clip > 0),
+)
+def norm_of_a_stage() -> Swaps:
+    right = train.Trainer._update
+
+    def wrong(self, loss, seen):
+        stage, norm = self.mesh.group("moe", "edp", "ep", "etp"), train.grad_norm
+        train.grad_norm = lambda grads, *, group, like: norm(grads, group=stage, like=like)
+        try:
+            return right(self, loss, seen)
+        finally:
+            train.grad_norm = norm
+
+    return [(train.Trainer, "_update", wrong)]
+
+
+@_fault(
+    "a backward in two parts counts the balance loss in both",
+    _if(
+        "pp > 1, a schedule that splits backwards and a balance loss",
+        lambda cfg, n: n.pp > 1 and cfg.pipeline.order.splits_backward and _balanced(cfg, Switch, Sequence),
+    ),
+)
+def balance_in_both_backwards() -> Swaps:
+    attach = layer.attach
+    return [(layer, "attach", lambda y, loss, *, weight: attach(y, loss, weight=weight * (1 + deferred._recording)))]
+
+
+@_fault(
+    "a tied embedding's gradients at the two ends of a pipeline are not summed",
+    _if(
+        "pp > 1, tied embeddings, the ends on two ranks",
+        lambda cfg, n: n.pp > 1 and cfg.model.tie_embeddings and not cfg.pipeline.order.is_v,
+    ),
+)
+def tied_ends_not_summed() -> Swaps:
+    right = state.sum_copies_
+
+    def wrong(grads, plan):
+        right({n: g for n, g in grads.items() if n != "embedding.weight"}, plan)
+
+    return [(state, "sum_copies_", wrong)]
+
+
+@_fault(
     "gradients of earlier micro-batches are lost",
     _if(
         "accumulation over two micro-batches",
@@ -308,11 +364,13 @@ def capacity_per_rank() -> Swaps:
     ),
 )
 def only_the_last_micro_batch() -> Swaps:
-    right = train.Trainer.forward_backward
+    right = train.Trainer.forward
 
-    def wrong(self, m, first, *, targets, **rest):
+    def wrong(self, m, first, **rest):
+        found = right(self, m, first, **rest)
         last = self.cfg.train.batch // self.mesh.layout.dp // self.cfg.train.micro_batch - 1
-        nothing = 1.0 if m == last else 2.0**60
-        return right(self, m, first, targets=targets * nothing, **rest) * nothing
+        if m == last or not isinstance(found, torch.Tensor):
+            return found
+        return found.detach() + 0.0 * found
 
-    return [(train.Trainer, "forward_backward", wrong)]
+    return [(train.Trainer, "forward", wrong)]

@@ -41,8 +41,7 @@ def record(cfg: Config, world: World, folder: Path, *, like: Mesh | None) -> Mes
     tensors = _tensors(trainer, seen, result)
     summed = torch.cat([result.loss[None].double(), result.dropped[None].double(), result.balance_J.double()])
     loss, dropped, *balance = comm.all_reduce_(summed, group=trainer.all_ranks).tolist()
-    order = sorted(seen.grads, key=lambda name: name == "head.weight")  # torch lists it before the blocks
-    agreed = _agree(tensors, _summed_over(trainer), order, world)
+    agreed = _agree(tensors, _summed_over(trainer), list(seen.grads), world)
     meta = {
         "layout": str(trainer.mesh.layout), "world": world.size, "dtype": cfg.train.dtype.value,
         "samples": trainer.consumed, "seq_len": cfg.train.seq_len, "order": agreed["order"],
@@ -68,9 +67,8 @@ def _tensors(trainer: Trainer, seen: Seen, result: StepResult) -> dict[str, Logi
     found = {f"grad.{n}": trainer.describe(n, g) for n, g in seen.grads.items()}
     for name, logical in held.items():
         found[f"{'weight' if name in seen.grads else 'buffer'}.{name}"] = logical
-    layers = trainer.model.moe_layers()
-    for layer, load_E in zip(layers, result.load_LE.split([x.bias_E.numel() for x in layers]), strict=True):
-        found[f"load.{layer.layer}"] = Logical(tuple(load_E.shape), load_E.dtype, (Chunk((0,), load_E.contiguous()),))
+    for layer, load_E in zip(trainer.cfg.model.moe_layers, result.load_LE, strict=True):
+        found[f"load.{layer}"] = Logical(tuple(load_E.shape), load_E.dtype, (Chunk((0,), load_E),))
     return found
 
 
@@ -99,7 +97,7 @@ def _stir(trainer: Trainer) -> None:
 
 
 def _terms(trainer: Trainer) -> list[str]:
-    return [name for layer in trainer.model.moe_layers()[:1] for name in layer.terms]
+    return list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
 
 
 def _agree(tensors: dict[str, Logical], summed_over: dict[str, str], order: list[str], world: World) -> dict[str, Any]:
@@ -117,13 +115,19 @@ def _agree(tensors: dict[str, Logical], summed_over: dict[str, str], order: list
             for name, offsets, sizes, crc32 in rank["sums"]:
                 found.setdefault((name, tuple(offsets), tuple(sizes)), set()).add(crc32)
         return {
-            "order": list(dict.fromkeys(name for rank in ranks for name in rank["order"])),
+            "order": sorted(dict.fromkeys(name for rank in ranks for name in rank["order"]), key=_place),
             "summed_over": {k: v for rank in reversed(ranks) for k, v in rank["summed_over"].items()},
             "torn": [list(box) for box, crcs in found.items() if len(crcs) > 1],
         }
 
     mine = {"sums": sums, "order": order, "summed_over": summed_over}
     return Wire(world.host_group).together(lambda: mine, lead)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a parameter comes in the model; within a block, as torch lists them."""
+    first, _, rest = name.partition(".")
+    return ("embedding", "blocks", "norm", "head").index(first), int(rest.split(".")[0]) if first == "blocks" else 0
 
 
 def _bytes(tensor: Tensor) -> memoryview:

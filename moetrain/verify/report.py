@@ -103,7 +103,6 @@ class Page:
     model: str
     cases: dict[str, Case]
     verdicts: dict[str, list[Verdict]]
-    unvisited: str = ""  # legal layouts that a sweep leaves out, and why
 
     def counts(self) -> dict[str, int]:
         found: dict[str, int] = {"same": 0, "different": 0, "failed": 0, "gap": 0}
@@ -140,7 +139,7 @@ def line(verdict: Verdict) -> str:
     return f"{words(verdict.layout):<32} {verdict.report.worst:.1e}{ties}  {conclusion(verdict)}"
 
 
-def write(page: Page, path: Path) -> None:
+def write(page: Page, path: Path, *, append: bool = False) -> None:
     """Markdown in a fixed order, without a date or a duration: the same run writes the same page but for rounding."""
     worlds = sorted({v.layout.world for v in page.all()})
     lines = [
@@ -174,7 +173,6 @@ def write(page: Page, path: Path) -> None:
             what = v.kind if v.kind == "same" else f"{v.kind}: {_cell(cause(v.report) if v.report else v.error)}"
             lines.append(f"| {case} | {words(v.layout)} | {error} | {ties} | {what} |")
     lines += ["", "## Gaps", ""]
-    lines += [f"Not visited: {page.unvisited}.", ""] if page.unvisited else []
     gaps = [(case, v) for case, verdicts in page.verdicts.items() for v in verdicts if v.kind == "gap"]
     if gaps:
         lines += ["| feature | dimension | cause |", "|---|---|---|"]
@@ -182,17 +180,18 @@ def write(page: Page, path: Path) -> None:
     else:
         lines.append("none")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    before = path.read_text() + "\n" if append else ""
+    path.write_text(before + "\n".join(lines) + "\n")
 
 
 def parse(path: Path) -> list[Entry]:
     """(case, layout, verdict) of every line of the table that ``write`` made; raises ``UserError`` if it has none."""
     found: list[Entry] = []
-    _, _, body = path.read_text().partition("\n## Layouts\n")
-    for text in body.partition("\n## Gaps\n")[0].splitlines()[3:]:
-        cells = re.split(r"(?<!\\)\|", text)
-        if len(cells) == 7:
-            found.append((cells[1].strip(), cells[2].strip(), cells[5].strip().partition(":")[0]))
+    for body in path.read_text().split("\n## Layouts\n")[1:]:
+        for text in body.partition("\n## Gaps\n")[0].splitlines()[3:]:
+            cells = re.split(r"(?<!\\)\|", text)
+            if len(cells) == 7:
+                found.append((cells[1].strip(), cells[2].strip(), cells[5].strip().partition(":")[0]))
     if not found:
         raise UserError(f"{path} has no table of layouts: moetrain verify --all-layouts N --write {path} makes one")
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from moetrain.config import UserError, replace
 from moetrain.job import Config, DType, check
 from moetrain.layouts import Layout
+from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.verify import choices, low
 from moetrain.verify.compare import Report, compare
 from moetrain.verify.outcome import Outcome
@@ -46,22 +47,24 @@ def prepared(cfg: Config) -> Config:
 
 
 def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = ALONE) -> Reference:
-    """Run the reference of a case; raises ``FailedError``, or ``UserError`` where the model refuses its layout."""
+    """Run the reference of a case, which recomputes nothing; raises ``FailedError``, or ``UserError`` where the model
+    refuses its layout."""
     alone = layout.world == 1
     ranks.lead(lambda: _clear(folder))
     cfg = replace(prepared(cfg), layout=layout)
     check(cfg, world=layout.world)
+    plain = replace(cfg, recompute=RecomputeConfig())
     rounded = None
     if cfg.train.dtype is DType.bfloat16:
-        exact = replace(cfg, train=replace(cfg.train, dtype=DType.float64))
+        exact = replace(plain, train=replace(cfg.train, dtype=DType.float64))
         if not choices.can_replay(cfg):
             raise UserError("bfloat16 compares runs on the same choices, and only those of the topk router replay")
         _must(ranks.run(Job(exact, folder / "exact", alone)))
         path = ranks.lead(lambda: _keep(folder / "exact"))
         rounded = folder / "rounded"
-        _must(ranks.run(Job(choices.replay(cfg, path), rounded, alone)))
+        _must(ranks.run(Job(choices.replay(plain, path), rounded, alone)))
         return Reference(cfg, folder / "exact", path, rounded)
-    _must(ranks.run(Job(cfg, folder / "exact", alone)))
+    _must(ranks.run(Job(plain, folder / "exact", alone)))
     return Reference(cfg, folder / "exact", ranks.lead(lambda: _keep(folder / "exact")))
 
 

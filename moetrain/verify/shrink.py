@@ -15,6 +15,7 @@ from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
 from moetrain.layouts import divisors
+from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
 
@@ -52,6 +53,8 @@ def shrink(cfg: Config, *, world: int, ranks: int = 16) -> Shrunk:
     lost = [_lost(p, big, small, _why(p, big, ranks)) for p in of.OF_LAYOUT if p.value(big) != p.value(small)]
     no_shape = "no small shape has it together with the rest in the shrunk layout"
     lost += [_lost(p, big, small, no_shape) for p in of.OF_SHAPES if p.value(big) != p.value(small)]
+    if cfg.pipeline.stages != shrunk.pipeline.stages:
+        lost.append(f"pipeline.stages: {cfg.pipeline.stages} -> by cost: there are other layers")
     if cfg.train.ramp.start:
         lost.append(f"batch ramp: {cfg.train.ramp.start} -> none: one step is run")
     return Shrunk(shrunk, rows, lost)
@@ -175,7 +178,7 @@ def _shapes(big: Numbers, n: Numbers) -> Numbers:
         (lambda n: _each(shared_hidden=(0, *range(16, 49))), of.SHARED_WIDTH),
         (_vocabulary, of.VOCABULARY),
         (lambda n: _each(seq_len=range(24, max(64, 2 * n.sequence_unit) + 1)), of.SEQUENCE),
-        (lambda n: _each(micro_batch=(1, 2), accumulation=range(1, 2 * n.pp + 3)), of.BATCH),
+        (_batch, of.BATCH),
     ):
         n = _fit(big, n, candidates(n), properties)
     return n
@@ -222,12 +225,17 @@ def _widths(n: Numbers) -> Iterator[_Changes]:
 
 
 def _layers(n: Numbers) -> Iterator[_Changes]:
-    return _each(num_layers=range(n.pp, 3 * n.pp + 6), first_dense=range(3), moe_every=range(1, 4))
+    return _each(num_layers=range(n.stages, 3 * n.stages + 6), first_dense=range(3), moe_every=range(1, 4))
 
 
 def _experts(n: Numbers) -> Iterator[_Changes]:
     for experts in range(n.ep, 16 * n.ep + 1, n.ep):
         yield from _each(num_experts=[experts], top_k=range(1, min(experts, 8) + 1))
+
+
+def _batch(n: Numbers) -> Iterator[_Changes]:
+    enough = [a for a in range(1, 2 * n.pp + 3) if n.pp == 1 or not too_few(n.pipeline, pp=n.pp, micro_batches=a)]
+    return _each(micro_batch=(1, 2), accumulation=enough)
 
 
 def _hidden(n: Numbers) -> Iterator[_Changes]:
@@ -257,10 +265,23 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         cfg.train, batch=n.dp * n.micro_batch * n.accumulation, micro_batch=n.micro_batch, seq_len=n.seq_len
     )
     ignored = sorted({token % n.vocab_size for token in cfg.data.ignore_tokens})[: n.vocab_size // 8]
+    recompute = configs.replace(cfg.recompute, layers=_covered(cfg, n))
     return configs.replace(
-        cfg, model=model, train=train, data=configs.replace(cfg.data, ignore_tokens=ignored),
+        cfg, model=model, train=train, recompute=recompute, data=configs.replace(cfg.data, ignore_tokens=ignored),
         layout=configs.replace(cfg.layout, **{name: getattr(n, name) for name in _AXES}),
+        pipeline=configs.replace(cfg.pipeline, stages=None),
     )  # fmt: skip
+
+
+def _covered(cfg: Config, n: Numbers) -> list[int] | None:
+    """The layers to recompute, of dense ones and of MoE ones: all where all were, the last where some were."""
+    if cfg.recompute.layers is None or n.num_layers == cfg.model.num_layers:
+        return cfg.recompute.layers
+    old, new, found = set(cfg.model.moe_layers), set(n.moe_layers), set()
+    for was, now in ((old, new), (set(range(cfg.model.num_layers)) - old, set(range(n.num_layers)) - new)):
+        if now and was & set(cfg.recompute.layers):
+            found |= now if was <= set(cfg.recompute.layers) else {max(now)}
+    return sorted(found) or [n.num_layers - 1]
 
 
 def _for_one_step(cfg: Config) -> Config:
@@ -280,5 +301,6 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("optim.warmup", "step 0 has the full learning rate", lambda cfg: cfg.optim.warmup),
     ("optim.decay", "step 0 has the full learning rate", lambda cfg: cfg.optim.decay),
     ("checkpoint.every", "nothing is saved", lambda cfg: cfg.checkpoint.every),
+    ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
     ("data.ignore_tokens", "ids below the new vocabulary's size", lambda cfg: len(cfg.data.ignore_tokens)),
 )

@@ -10,6 +10,7 @@ from functools import cached_property
 from moetrain import layouts
 from moetrain.job import Config
 from moetrain.parallel.context import Method
+from moetrain.parallel.schedules import PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Numbers:
     micro_batch: int
     accumulation: int  # micro-batches of a data-parallel rank in a step
     ulysses: bool
+    pipeline: PipelineConfig  # that of the config: schedules do not shrink
 
     @classmethod
     def of(cls, cfg: Config) -> "Numbers":
@@ -53,6 +55,7 @@ class Numbers:
             dense_hidden=m.dense_hidden, shared_hidden=m.moe.shared_hidden,
             vocab_size=m.vocab_size, pad_vocab_to=m.pad_vocab_to, seq_len=t.seq_len, micro_batch=t.micro_batch,
             accumulation=max(1, t.batch // (n.dp * t.micro_batch)), ulysses=cfg.context.method is Method.ulysses,
+            pipeline=cfg.pipeline,
         )  # fmt: skip
 
     @property
@@ -91,6 +94,10 @@ class Numbers:
         """What a row's length is rounded up to."""
         return 2 * self.cp * self.tp if self.cp > 1 else self.tp
 
+    @property
+    def stages(self) -> int:
+        return self.pp * self.pipeline.stages_a_rank if self.pp > 1 else 1
+
     @cached_property
     def moe_layers(self) -> list[int]:
         first, every = self.first_dense, self.moe_every
@@ -99,7 +106,7 @@ class Numbers:
     @cached_property
     def stages_without_moe(self) -> int:
         """Of stages as even as they can be."""
-        bounds = [stage * self.num_layers // self.pp for stage in range(self.pp + 1)]
+        bounds = [stage * self.num_layers // self.stages for stage in range(self.stages + 1)]
         return sum(not any(a <= i < b for i in self.moe_layers) for a, b in itertools.pairwise(bounds))
 
 
@@ -251,8 +258,8 @@ LAYERS = (
         lambda n: _yes(n.num_layers - 1 in n.moe_layers),
     ),
     Property(
-        "layers over pp", lambda n: (n.num_layers % n.pp == 0, n.num_layers > n.pp),
-        lambda n: f"{n.num_layers} / {n.pp}",
+        "layers over stages", lambda n: (n.num_layers % n.stages == 0, n.num_layers > n.stages),
+        lambda n: f"{n.num_layers} / {n.stages}",
     ),
     Property("stages without MoE", lambda n: n.stages_without_moe > 0, lambda n: str(n.stages_without_moe)),
 )  # fmt: skip

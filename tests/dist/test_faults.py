@@ -1,8 +1,10 @@
 """Every planted bug is caught, in a config that was shrunk from hundreds of ranks; without it, the run is the same."""
 
+import random
 from functools import cache
 
 import pytest
+from test_same_run import commit
 from test_verify import Pool
 
 from moetrain.cli.compose import compose
@@ -21,7 +23,17 @@ ORIGINALS = {
     "tp, norms over all heads": [*COMMON, "layout.dp=1", "layout.tp=8", "layout.ep=8", "model.qk_norm=full"],
     "cp and dp, expert TP": [*COMMON, "layout.dp=16", "layout.cp=8", "layout.ep=8", "layout.etp=16"],
     "dp": [*COMMON, "layout.dp=64"],
+    "tp and Muon": [*COMMON, "layout.dp=1", "layout.tp=8", "optim=muon"],
 }
+PIPELINES = {
+    "tp and dp": ["layout.pp=4", "pipeline.schedule=zbv"],
+    "tp, norms over all heads": ["layout.pp=8", "pipeline.schedule=dualpipev"],
+    "cp and dp, expert TP": ["layout.pp=4", "pipeline.schedule=interleaved"],
+    "dp": ["layout.pp=2", "model.tie_embeddings=true"],
+    "tp and Muon": ["layout.pp=2"],
+}
+for _name, _words in PIPELINES.items():
+    ORIGINALS[f"{_name}, pp"] = [*ORIGINALS[_name], *_words]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +56,25 @@ def references(shrunk, ranks, tmp_path_factory):
     return made
 
 
+OF_PIPELINES = {"norm_of_a_stage", "balance_in_both_backwards", "tied_ends_not_summed"}
+
+
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_without_a_fault_the_originals_are_the_same_run(ranks, tmp_path, shrunk, references, name) -> None:
     layout = shrunk(name).layout
+    assert (layout.pp > 1) == name.endswith("pp")
     assert verify(layout, references(name), Pool(ranks(layout.world)), tmp_path / "layout").kind == "same"
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS)
-def test_every_fault_is_caught(ranks, tmp_path, shrunk, references, fault) -> None:
-    shows = [n for n in ORIGINALS if faults.FAULTS[fault].needs(shrunk(n), shrunk(n).layout) is None]
+CAUGHT = [(fault, True) for fault in faults.FAULTS]
+CAUGHT += [(fault, False) for fault in random.Random(commit()).sample(sorted(faults.FAULTS.keys() - OF_PIPELINES), 6)]
+
+
+@pytest.mark.parametrize(("fault", "pipeline"), CAUGHT)
+def test_every_fault_is_caught(ranks, tmp_path, shrunk, references, fault, pipeline) -> None:
+    """Each in a pipeline, and six that the commit draws in one stage."""
+    names = [n for n in ORIGINALS if n.endswith("pp") == pipeline]
+    shows = [n for n in names if faults.FAULTS[fault].needs(shrunk(n), shrunk(n).layout) is None]
     assert shows, "one of the originals can show it"
     name = min(shows, key=lambda n: shrunk(n).layout.world)
     layout = shrunk(name).layout

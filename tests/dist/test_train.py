@@ -77,7 +77,7 @@ def curve(rank: int, world: int, cfg: Config, steps: int = STEPS, resume: Path |
         parts = torch.cat([result.loss[None].double(), result.balance_J.double(), result.dropped[None].double()])
         if world > 1:
             dist.all_reduce(parts)
-        found.append([*parts.tolist(), result.norm.item(), *result.load_LE.tolist()])
+        found.append([*parts.tolist(), result.norm.item(), *result.load_LE.flatten().tolist()])
     found[-1] += [score.nats_per_token for score in run.validate().values()]
     run.save()
     return found

@@ -30,6 +30,12 @@ CASES = {
     "a string for a number": ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
     "a fraction for a count": ("train.steps=1.5", "train.steps: Value '1.5'"),
     "a value outside the list": ("train.dtype=float16", "expected one of [float32, bfloat16, float64]"),
+    "an unknown optimizer": ("optim.kind=moun", "expected one of [adamw, muon]"),
+    "an unknown file of optimizer choices": ("optim=muno", "did you mean 'muon'?"),
+    "an unknown dtype of optimizer state": ("optim.state_dtype=float16", "expected one of [float32, bfloat16]"),
+    "no Newton-Schulz step": ("optim=muon optim.muon.ns_steps=0", "optim.muon.ns_steps=0: has to be at least 1"),
+    "a momentum that never fades": ("optim=muon optim.muon.momentum=1", "has to be at least 0 and below 1"),
+    "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
     "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
     "a capacity factor of zero": ("dispatcher=capacity model.moe.dispatcher.factor=0", "has to be above 0"),
     "more experts per token than experts": (
@@ -42,7 +48,25 @@ CASES = {
     ),
     "a layout whose expert view does not fit": ("layout.dp=2 layout.ep=4", "does not divide the 2 ranks there are"),
     "a degree below one": ("layout.ep=0", "layout.ep=0: a degree is at least 1"),
-    "an axis that is not built yet": ("layout.pp=2", "layout.pp=2: pipeline parallelism is not built yet"),
+    "more stages than layers": (
+        "layout.pp=2 pipeline.schedule=zbv",
+        "layout.pp=2 with 2 stages a rank (pipeline.schedule=zbv) makes 4 stages of model.num_layers=2 layers: each "
+        "takes at least one, lower layout.pp",
+    ),
+    "stages that do not add up": (
+        "layout.pp=2 pipeline.stages=[3,2]",
+        "pipeline.stages=[3, 2] is 2 stages of 5 layers, layout.pp=2 under pipeline.schedule=1f1b needs 2 of "
+        "model.num_layers=2: for example [1, 1]",
+    ),
+    "too few micro-batches for a schedule": (
+        "layout.pp=2 model.num_layers=4 pipeline.schedule=dualpipev train.batch=6 train.micro_batch=2",
+        "pipeline.schedule=dualpipev needs 2 * layout.pp = 4 micro-batches a step or more, there are 3: raise "
+        "train.batch, lower layout.dp or train.micro_batch, or choose another schedule",
+    ),
+    "a schedule that there is not": (
+        "layout.pp=2 pipeline.schedule=dualpipe",
+        "pipeline.schedule=dualpipe: no such schedule; did you mean",
+    ),
     "heads that tp does not divide": ("layout.tp=3", "layout.tp=3 does not divide model.num_heads="),
     "ulysses with too few heads": ("layout.cp=16 context.method=ulysses", "nearest legal: "),
     "one weight that is always 1": ("model.moe.router.top_k=1", "set model.moe.router.renormalize=false"),
@@ -117,6 +141,8 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_kept(finished, capsys
     capsys.readouterr()
     refused(capsys, [*finished, "model.dim=64"], says="is a checkpoint of another model")
     refused(capsys, [*finished, "model.moe.num_experts=8"], says="choose another run.name")
+    refused(capsys, [*finished, "optim=muon"], says="restore the optim.kind that it was trained with, or start anew")
+    refused(capsys, [*finished, "optim.state_dtype=bfloat16"], says="set optim.state_dtype=float32 to continue it")
     refused(capsys, [*finished, "train.seq_len=16"], says="was trained on other data, mix, seq_len or seed")
     refused(capsys, [*finished, "run.resume=never"], says="already holds step-00000002")
     assert contents(tmp_path / "default") == before

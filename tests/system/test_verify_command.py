@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli.main import main
-from moetrain.cli.verify import PP, UNVISITED, _cases, _parser, _trials
+from moetrain.cli.verify import _cases, _parser, _trials
 from moetrain.layouts import count_legal
 from moetrain.verify.report import parse
 
@@ -77,7 +77,7 @@ def test_a_sweep_prints_a_line_a_layout_and_writes_a_page(capsys, tmp_path) -> N
     cases = ["--case", "plain:", "--case", "three heads: model.num_heads=3 model.num_kv_heads=3 model.head_dim=4"]
     assert main(["verify", *SMALL, "--all-layouts", "2", *cases, "--write", str(page)]) == 0
     out = capsys.readouterr().out.splitlines()
-    n = count_legal(2, pp=PP)
+    n = count_legal(2)
     assert sum(line.startswith("[") for line in out) == 2 * n
     assert f"[1/{2 * n}] plain  dp=2 " in out[0]
     assert out[0].endswith("  the same run")
@@ -86,8 +86,8 @@ def test_a_sweep_prints_a_line_a_layout_and_writes_a_page(capsys, tmp_path) -> N
     assert out[-2].startswith(f"{2 * n} comparisons: {2 * n - 3} same, 3 gap; worst gradient error ")
     text = page.read_text()
     assert "moetrain verify " in text
-    assert "| 2 | 9 | 15 | 0 | 0 | 3 |" in text
-    assert f"## Gaps\n\nNot visited: {UNVISITED}.\n\n| feature | dimension | cause |\n|---|---|---|\n" in text
+    assert "| 2 | 10 | 17 | 0 | 0 | 3 |" in text
+    assert "## Gaps\n\n| feature | dimension | cause |\n|---|---|---|\n" in text
     assert "| three heads | tp=2 | layout.tp=2 does not" in text
     found = parse(page)
     assert len(found) == 2 * n
@@ -102,7 +102,7 @@ def test_a_sample_of_a_sweep_is_the_same_for_the_same_seed() -> None:
         return {world: [str(layout) for layout in found] for world, found in layouts.items()}
 
     every, some = drawn(), drawn("--sample", "12", "--seed", "1")
-    assert {world: len(found) for world, found in every.items()} == {n: count_legal(n, pp=PP) for n in (2, 8)}
+    assert {world: len(found) for world, found in every.items()} == {n: count_legal(n) for n in (2, 8)}
     assert some[2] == every[2], "fewer than that there are all"
     assert some[8] == [layout for layout in every[8] if layout in some[8]], "in the order of all"
     assert len(some[8]) == 12

@@ -8,7 +8,7 @@ from moetrain.kernels import grouped, reference
 from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import RMSNorm, Rope, RopeConfig
-from moetrain.model.transformer import token_losses
+from moetrain.model.loss import summed
 from moetrain.moe.types import Rows
 
 COUNTS = {"ragged": [37, 0, 90, 1], "all to one": [0, 128, 0, 0], "none": [0, 0, 0, 0], "even": [32] * 4}
@@ -79,7 +79,7 @@ def test_cross_entropy_of_narrow_logits() -> None:
     targets = torch.randint(600, (4, 50))
     targets[1, :7] = -100
     wide, narrow = logits.double().requires_grad_(), logits.clone().requires_grad_()
-    want, got = token_losses(wide, targets), token_losses(narrow, targets)
+    want, got = summed(wide, targets), summed(narrow, targets)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     (want * 0.01).backward()
     (got * 0.01).backward()

@@ -44,8 +44,8 @@ def test_the_table(capsys) -> None:
     assert main(["memory", "model.num_layers=1", "layout.dp=2", "train.seq_len=64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     header, row = (next(x.split() for x in lines if x.split()[:1] == [word]) for word in ("stage", "0"))
-    assert header == ["stage", "rank", *(kind.value for kind in Kind), "peak", "in"]
-    assert sum(map(float, row[2:9])) == pytest.approx(float(row[9]), abs=0.004)
+    assert header == ["stage", "layers", "rank", *(kind.value for kind in Kind), "peak", "in"]
+    assert sum(map(float, row[3:10])) == pytest.approx(float(row[10]), abs=0.004)
     assert "Not counted" in lines[-2]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "moetrain"
 FLOORS = [
-    {"config", "logical", "counter"},
+    {"config", "logical", "counter", "deferred", "rerun"},
     {"comm", "layouts", "mesh", "world"},
     {"kernels", "moe"},
     {"model"},

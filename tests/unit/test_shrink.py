@@ -16,6 +16,7 @@ from moetrain.config import UserError, replace
 from moetrain.job import Config
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.model.attention import QKNorm
+from moetrain.parallel import recompute
 from moetrain.parallel.context import Method
 from moetrain.verify.shrink import Shrunk, shrink, table
 
@@ -95,7 +96,7 @@ def facts(cfg: Config) -> Mapping[str, object]:
         "first_dense": m.first_dense > 0,
         "moe_every": m.moe_every > 1,
         "the last layer is MoE": m.is_moe(m.num_layers - 1),
-        "layers over pp": (m.num_layers % n.pp == 0, m.num_layers > n.pp),
+        "layers over stages": (m.num_layers % n.pp == 0, m.num_layers > n.pp),
         "stages without MoE": any(not set(stage) & set(layers) for stage in stages),
         "top_k": "1" if moe.router.top_k == 1 else "2" if moe.router.top_k == 2 else "more",
         "top_k < experts": moe.router.top_k < moe.num_experts,
@@ -399,3 +400,15 @@ def test_any_job_shrinks_and_says_what_it_lost(drawn: tuple[Config, int]) -> Non
     assert all(after[axis] > 1 for axis in AXES if before[axis] > 1)
     if broken_rule(solved(cfg, world).layout, shape(cfg)) is None:
         assert broken_rule(got.cfg.layout, shape(got.cfg)) is None
+
+
+def test_layers_to_recompute_stay_layers_of_the_model() -> None:
+    """All MoE layers were, and one of the dense ones: all and the last of the new ones are."""
+    layers = f"recompute.layers={[1, *range(3, 48)]}"
+    words = ["model=qwen3_30b_a3b", "model.first_dense=3", "recompute.mode=full", layers]
+    cfg = compose([*words, "layout.dp=16", "layout.tp=4", "layout.ep=4", "train.batch=1024", "train.seq_len=4096"])
+    small = shrink(cfg, world=64, ranks=8).cfg
+    first = small.model.first_dense
+    assert small.model.num_layers < 48
+    assert small.recompute.layers == [first - 1, *small.model.moe_layers]
+    recompute.check(small.recompute, small.model)

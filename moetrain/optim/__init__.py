@@ -1,0 +1,16 @@
+"""AdamW and Muon on each rank's own shards, the global gradient norm, the learning rate. Read first: optimizer."""
+
+from moetrain.optim.config import Kind, MuonConfig, OptimConfig, Schedule, StateDType
+from moetrain.optim.optimizer import Optimizer, check_saved, clip_scale, grad_norm
+
+__all__ = [
+    "Kind",
+    "MuonConfig",
+    "OptimConfig",
+    "Optimizer",
+    "Schedule",
+    "StateDType",
+    "check_saved",
+    "clip_scale",
+    "grad_norm",
+]

@@ -1,0 +1,111 @@
+"""What an optimizer is told: its kind, its constants, the learning rate of every step, the dtype of its state."""
+
+import math
+from dataclasses import field
+from enum import Enum
+
+import torch
+
+from moetrain.config import UserError, config
+
+
+class Kind(Enum):
+    adamw = "adamw"  # arXiv 1711.05101
+    muon = "muon"  # for the matrices of hidden layers; AdamW for the rest
+
+
+class Schedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"  # warm-up, stable, decay (arXiv 2404.06395)
+
+
+class StateDType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
+
+
+@config
+class MuonConfig:
+    """Muon (Jordan et al. 2024) with updates of AdamW's size (arXiv 2502.16982), so that both share a learning rate."""
+
+    momentum: float = 0.95  # Nesterov's
+    ns_steps: int = 5  # Newton-Schulz iterations
+    ns_dtype: StateDType | None = None  # what they compute in; None = as the weights. bfloat16 is faster on GPUs
+    lr_scale: float = 1.0  # times optim.lr
+    weight_decay: float | None = None  # None = optim.weight_decay
+    gates: bool = False  # the routers' matrices too
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optim.muon.momentum={self.momentum}: has to be at least 0 and below 1; 0.95 is usual")
+        if self.ns_steps < 1:
+            raise UserError(f"optim.muon.ns_steps={self.ns_steps}: has to be at least 1; 5 is usual")
+        if self.lr_scale <= 0:
+            raise UserError(f"optim.muon.lr_scale={self.lr_scale}: has to be above 0; 1 is AdamW's learning rate")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise UserError(
+                f"optim.muon.weight_decay={self.weight_decay}: a decay is not negative; null takes optim.weight_decay"
+            )
+
+
+@config
+class OptimConfig:
+    """Norms and biases are never decayed; gates by choice. ``kind=muon`` leaves embeddings, head, norms, biases and
+    gates to AdamW."""
+
+    kind: Kind = Kind.adamw
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    schedule: Schedule = Schedule.cosine
+    warmup: int = 100
+    decay: int | None = None  # steps of wsd's final decay; None = a tenth of the run
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_gates: bool = True
+    clip: float = 1.0  # global gradient norm; 0 = do not clip
+    state_dtype: StateDType | None = None  # of averages and momentum; None = as the master weights
+    muon: MuonConfig = field(default_factory=MuonConfig)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"optim.lr={self.lr}: the learning rate has to be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UserError(f"optim.{name}={value}: has to be at least 0 and below 1")
+        if self.clip < 0:
+            raise UserError(f"optim.clip={self.clip}: a norm is not negative; 0 turns clipping off")
+        if self.state_dtype is StateDType.bfloat16:
+            fades = {"beta1": self.beta1, "beta2": self.beta2}
+            if self.kind is Kind.muon:
+                fades["muon.momentum"] = self.muon.momentum
+            for name, value in fades.items():
+                if 1 - value <= _HALF_STEP:
+                    raise UserError(
+                        f"optim.{name}={value} with optim.state_dtype=bfloat16: an average that fades by less than "
+                        f"2^-8 a step is rounded back to where it was; use {name} <= 0.996 or state_dtype=float32"
+                    )
+
+    def lr_at(self, step: int, *, steps: int) -> float:
+        """Learning rate of step 0 .. steps - 1."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        floor = self.lr * self.min_lr_ratio
+        if self.schedule is Schedule.constant:
+            return self.lr
+        if self.schedule is Schedule.cosine:
+            done = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+            return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        decay = self.decay if self.decay is not None else max(1, steps // 10)
+        done = min(1.0, max(0.0, (step - (steps - decay)) / decay))
+        return self.lr - (self.lr - floor) * done
+
+
+_HALF_STEP = 2.0**-8
+"""At most half the distance between neighbours in bfloat16, relative to them: what rounding to nearest can undo."""
