@@ -157,11 +157,12 @@ def _page(
     ran = " to ".join(map(str, sorted({min(e.micro_batches for e in found), max(e.micro_batches for e in found)})))
     lines += [
         "",
-        f"{seconds:.1f} s. Run on tensors without memory: by the code for {_CODE[device]}s, a step of the first rank of each "
-        f"stage, which holds the most",
-        f"where a split is uneven; {ran} micro-batch{'es' * (ran != '1')}, which meet whatever {micro_batches} do; rows "
-        f"received: {assumed.imbalance:g} x an even share. Not counted: what",
-        "kernels and communication libraries take for themselves, and what the allocator cannot fill.",
+        f"{seconds:.1f} s, on tensors without memory, by the code for {_CODE[device]}s: a step of each stage's first "
+        "rank, which holds",
+        f"the most where a split is uneven, of {ran} micro-batch{'es' * (ran != '1')}, which meet whatever "
+        f"{micro_batches} do. Rows received: {assumed.imbalance:g} x an even",
+        "share. Not counted: what kernels and communication libraries take for themselves, and what the allocator",
+        "cannot fill.",
     ]
     return lines
 

@@ -7,6 +7,7 @@ times a factor for those received), tables that the host plans from are real, an
 
 import contextlib
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ class Estimate:
 
 
 def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gpu: bool = False) -> Estimate:
-    """One step of the first rank of a pipeline's rank ``at``; a rank receives ``imbalance`` times an even share of rows.
+    """One step of the first rank of a pipeline's rank ``at``; it receives ``imbalance`` times an even share of rows.
     ``gpu``: by the code that runs on GPUs, with FSDP2's prefetching there.
 
     Raises ``UserError`` where the config cannot run on ``world`` ranks. This process may not be in a process group.
@@ -94,12 +95,15 @@ def micro_batches(cfg: Config, layout: Layout, at: int) -> int:
     most = real // step if dealt else real
     most = step * min(most, -(-_PERIODS * pp // step))
     wanted = _moments(cfg, layout, at, most)
-    for n in range(step, most, step):
-        if schedules.too_few(pipe, pp=pp, micro_batches=n) is None:
-            have = _moments(cfg, layout, at, n)
-            if all(any(_covers(h, w) for h in have.get(key, ())) for key, states in wanted.items() for w in states):
-                return n
-    return most
+
+    def enough(n: int) -> bool:
+        if schedules.too_few(pipe, pp=pp, micro_batches=n):
+            return False
+        have = _moments(cfg, layout, at, n)
+        return all(any(_covers(h, w) for h in have.get(key, ())) for key, states in wanted.items() for w in states)
+
+    rounds = range(step, most, step)
+    return [*rounds, most][bisect_left(rounds, True, key=enough)]
 
 
 _PERIODS = 4
@@ -107,22 +111,34 @@ _PERIODS = 4
 
 
 def _moments(cfg: Config, layout: Layout, at: int, n: int) -> dict[tuple, set[tuple[int, ...]]]:
-    """What a rank does (kind, stage, stages that are through) -> forwards waiting, weight gradients waiting, backwards
-    begun (0 or 1), of each stage."""
+    """What a rank does (kind, stage, stages that are through) -> what there is: of each stage, forwards waiting, weight
+    gradients waiting, and whether a backward has been; messages on their way in, and out."""
     pipe, pp, kinds = cfg.pipeline, layout.pp, schedules.Kind
-    orders = schedules.table(pipe.order, pp=pp, chunks=pipe.stages_a_rank, micro_batches=n)
+    known = {"pp": pp, "chunks": pipe.stages_a_rank, "micro_batches": n}
+    orders, delivered = schedules.table(pipe.order, **known), schedules.delivered(at, pipe.order, **known)
+    arriving: set[schedules.Action] = set()
+    sent: set[schedules.Action] = set()
     mine = pipe.stages_of(at, pp=pp)
     flying, waiting, left = dict.fromkeys(mine, 0), dict.fromkeys(mine, 0), dict.fromkeys(mine, n)
     found: dict[tuple, set[tuple[int, ...]]] = {}
-    for kind, s, _ in orders[at]:
-        if kind not in (kinds.forward, kinds.backward, kinds.backward_input, kinds.backward_weight):
+    for action in orders[at]:
+        kind, s, m = action
+        if kind in schedules.RECEIVED_AS:
+            sent.add(action)
             continue
+        if kind in schedules.RECEIVED_AS.values():
+            arriving.add(action)
+            continue
+        used = schedules.Action(kinds.receive_forward if kind is kinds.forward else kinds.receive_backward, s, m)
+        if kind is not kinds.backward_weight and used in arriving:
+            arriving.remove(used)
+            sent.difference_update(delivered.get(used, ()))
         flying[s] += kind is kinds.forward
         waiting[s] += kind is kinds.backward_input
         left[s] -= kind in (kinds.backward, kinds.backward_weight)
         key = kind, s, tuple(x == 0 for x in left.values())
         begun = (int(x < n) for x in left.values())
-        found.setdefault(key, set()).add((*flying.values(), *waiting.values(), *begun))
+        found.setdefault(key, set()).add((*flying.values(), *waiting.values(), *begun, len(arriving), len(sent)))
         flying[s] -= kind in (kinds.backward, kinds.backward_input)
         waiting[s] -= kind is kinds.backward_weight
     return found
