@@ -129,6 +129,11 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+def on_cpu(at: Tensor | torch.device) -> bool:
+    """Whether the code for CPUs runs there. A dry run (``memory/``), whose tensors are nowhere, answers for a GPU."""
+    return (at.device if isinstance(at, Tensor) else at).type == "cpu"
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A batch's tensor on ``device``; to a GPU by way of pinned memory, so that the host does not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

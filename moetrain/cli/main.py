@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model, or resume it",
     "data": "tokenize text, inspect a corpus",
     "verify": "prove that a layout is the same run as one rank",
+    "memory": "foretell the bytes of a rank, for any layout, without a GPU",
     "layout": "print who sits where in a layout, list the legal ones",
 }
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain import deferred
-from moetrain.moe.rows import gather
+from moetrain import deferred, world
+from moetrain.moe.rows import ends_on_host, gather
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
 
@@ -22,8 +22,8 @@ def unfit(*, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
 
 def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
     """(M, I) rows by slot, (S, O, I) "out, in" -> (M, O)."""
-    if x_MI.device.type == "cpu" and x_MI.dtype in (torch.bfloat16, torch.float16):
-        ends = offsets_S.tolist()
+    if x_MI.dtype in (torch.bfloat16, torch.float16) and world.on_cpu(x_MI):
+        ends = ends_on_host(offsets_S, num_rows=x_MI.shape[0])
         return deferred.product(
             x_MI, w_SOI,
             y=lambda x, w: _RoundedRows.apply(x, w, ends),  # pyright: ignore[reportArgumentType]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain import deferred
-from moetrain.moe.rows import gather
+from moetrain.moe.rows import ends_on_host, gather
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
 
@@ -13,7 +13,7 @@ from moetrain.rerun import rerun
 def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
     """See ``kernels/__init__.py``. Rows past the last offset are zero."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-    ends = rows.offsets_S.tolist()
+    ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
     parts, start = [], 0
     for end, gate_up_2FD, down_DF in zip(ends, gate_up_S2FD, down_SDF, strict=True):
         gate_MF, up_MF = (deferred.linear(x_MD[start:end], w_FD) for w_FD in gate_up_2FD)

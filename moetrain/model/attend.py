@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain import world
 from moetrain.model.blocked import Block, Blocked, split
 from moetrain.world import to_device
 
@@ -51,7 +52,7 @@ class Visible:
             return cls(pieces, length, split(pieces, None, size=length) if at_once else split(pieces, None), None, ())
         start_BP = document_starts(documents_BP)
         start_BS = torch.cat([start_BP[:, start:end] for start, end in pieces], dim=1)
-        packed = tuple(_pack(start_BP, piece, device) for piece in pieces) if device.type == "cuda" else ()
+        packed = tuple(_pack(start_BP, piece, device) for piece in pieces) if not world.on_cpu(device) else ()
         return cls(pieces, length, split(pieces, start_BS), to_device(start_BS, device), packed)
 
     @property
@@ -73,7 +74,7 @@ def document_starts(documents_BP: Tensor) -> Tensor:
 def attend(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
     """q (B, H, S, d), k and v (B, G, P, d) -> (B, H, S, d): softmax(q k^T / sqrt(d)) v over the keys each query sees.
     Key head g serves query heads g H / G to (g + 1) H / G - 1 (arXiv 2305.13245)."""
-    on_gpu, dtype, documents = q_BHSd.device.type == "cuda", q_BHSd.dtype, visible.start_BS is not None
+    on_gpu, dtype, documents = not world.on_cpu(q_BHSd), q_BHSd.dtype, visible.start_BS is not None
     if visible.whole and not documents:
         if on_gpu or dtype is not torch.bfloat16:
             grouped = q_BHSd.shape[1] != k_BGPd.shape[1]

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain import world
+
 _QUERIES = 128  # of a block: more compute scores that nobody sees, fewer make small matmuls
-_SCORES = {"cpu": 2**19}  # made at once, by device: what a core's cache holds
+_SCORES = 2**19  # made at once: what a core's cache holds
 _MANY_SCORES = 2**26  # what fills a GPU
 
 
@@ -110,7 +112,7 @@ def _softmaxes(q_BHSd: Tensor, k_BGPd: Tensor, start_BS: Tensor | None, blocks: 
     q_BGRSd = q_BHSd.unflatten(1, (G, -1))
     for block in blocks:
         hidden_Qn = _hidden(block, start_BS, q_BHSd.device, wide).repeat(H // G, 1)
-        pairs = max(1, _SCORES.get(q_BHSd.device.type, _MANY_SCORES) // hidden_Qn.numel())
+        pairs = max(1, (_SCORES if world.on_cpu(q_BHSd) else _MANY_SCORES) // hidden_Qn.numel())
         step_B = max(1, pairs // G)  # several rows only with all their key heads
         first, last = (0, B) if block.row is None else (block.row, block.row + 1)
         for b, g in itertools.product(range(first, last, step_B), range(0, G, pairs)):

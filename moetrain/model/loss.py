@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, world
 
 
 def summed(logits_BSV: Tensor, targets_BS: Tensor, *, first_row: int = 0, group: ProcessGroup | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def summed(logits_BSV: Tensor, targets_BS: Tensor, *, first_row: int = 0, group:
     """
     logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    if group is not None or (logits_TV.device.type == "cpu" and logits_TV.dtype != wide):
+    if group is not None or (logits_TV.dtype != wide and world.on_cpu(logits_TV)):
         return _CrossEntropy.apply(logits_TV, targets_T, first_row, group)  # pyright: ignore[reportReturnType]
     logits_TV = logits_TV.to(wide)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
@@ -155,7 +155,7 @@ def _add_product_(sum_VD: Tensor, d_logits_TV: Tensor, x_TD: Tensor) -> None:
     """Adds d_logits^T x, rounded nowhere below the sum's dtype."""
     if x_TD.dtype == sum_VD.dtype:
         sum_VD.addmm_(d_logits_TV.t(), x_TD)
-    elif x_TD.device.type == "cuda":
+    elif not world.on_cpu(x_TD):
         sum_VD += torch.mm(d_logits_TV.t(), x_TD, out_dtype=sum_VD.dtype)
     else:
         sum_VD.addmm_(d_logits_TV.t().to(sum_VD.dtype), x_TD.to(sum_VD.dtype))
@@ -166,5 +166,5 @@ def _slices(length: int, step: int) -> list[slice]:
 
 
 def _row_blocks(x_TV: Tensor) -> list[slice]:
-    step = max(1, (2**17 if x_TV.device.type == "cpu" else 2**27) // x_TV.shape[1])
+    step = max(1, (2**17 if world.on_cpu(x_TV) else 2**27) // x_TV.shape[1])
     return _slices(x_TV.shape[0], step)

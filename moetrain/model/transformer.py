@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, deferred
+from moetrain import comm, deferred, world
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
@@ -187,7 +187,7 @@ class Embedding(Vocabulary):
     def forward(self, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) -> (B, S, D); in a group, this rank's shard of S: each rank looks up the rows it has."""
         weight = self.weight
-        if weight.device.type == "cpu":  # whose backward adds up a row's gradients in the dtype of the table
+        if world.on_cpu(weight):  # whose backward adds up a row's gradients in the dtype of the table
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.group is None:
             return F.embedding(tokens_BS, weight).to(dtype)

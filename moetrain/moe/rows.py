@@ -41,6 +41,11 @@ def gather_sum(y_MD: Tensor, index_M: Tensor, back_NJ: Tensor, *, ragged: bool =
     return _GatherSum.apply(y_MD, index_M, back_NJ, ragged)  # pyright: ignore[reportReturnType]
 
 
+def ends_on_host(offsets_S: Tensor, *, num_rows: int) -> list[int]:
+    """Where each slot's rows end, of at most ``num_rows``, on the host: a sync. A dry run replaces this."""
+    return offsets_S.tolist()
+
+
 def inverse(order_N: Tensor) -> Tensor:
     """(N,) a permutation -> (N,) its inverse, with one scatter instead of a second sort."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))

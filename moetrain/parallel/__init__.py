@@ -76,13 +76,18 @@ def parallelize(
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, mesh)) for name, h in held.items()}
-    model.to_empty(device=mesh.device)
+    allocate(model, mesh.device)
+    if pp == 1:
+        return Parallel(model, held, None)
+    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype))
+
+
+def allocate(model: Transformer, device: torch.device) -> None:
+    """From meta to memory, zeros everywhere. A dry run (``memory/``) makes fake tensors from here on."""
+    model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
     for layer in model.moe_layers():
         layer.bias_E.zero_()
         layer.begin_step(1)
-    if pp == 1:
-        return Parallel(model, held, None)
-    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype))

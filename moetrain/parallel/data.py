@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import Shard
 
-from moetrain import comm
+from moetrain import comm, world
 from moetrain.config import UserError, config
 from moetrain.layouts import views
 from moetrain.mesh import Mesh
@@ -64,10 +64,10 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, and the loss is divided already
-            if mesh.device.type == "cpu":  # nothing overlaps here: hold no more than what is being computed
+            if world.on_cpu(mesh.device):  # nothing overlaps here: hold no more than what is being computed
                 module.set_modules_to_backward_prefetch([module])
                 module.set_custom_reduce_scatter(_ReduceScatter())
-    if mesh.device.type != "cpu" and mesh.layout.pp > 1:
+    if not world.on_cpu(mesh.device) and mesh.layout.pp > 1:
         for stage in model.stages:
             _prefetch_along(stage, model)
 

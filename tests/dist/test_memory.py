@@ -3,11 +3,11 @@
 import math
 from pathlib import Path
 
-import livemem
 import pytest
 from test_train import MODEL, TRAIN, config, trainer
 
 from moetrain.job import Config
+from moetrain.memory.ledger import Ledger, alive
 
 BIG = MODEL | {
     "dim": 128, "num_layers": 3, "num_heads": 8, "num_kv_heads": 8, "dense_hidden": 1024,
@@ -27,11 +27,11 @@ def cuts(cfg: Config, name: str, world: int) -> tuple[int, int]:
 
 
 def measure(rank: int, world: int, cfg: Config) -> dict[str, float]:
-    before = livemem.alive()
+    before = alive()
     run = trainer(rank, world, cfg)
     run.step()
-    resident = livemem.alive() - before
-    with livemem.Peak() as peak:
+    resident = alive() - before
+    with Ledger() as ledger:
         run.step()
     weights, units = 0.0, {}  # of a unit: its weights when FSDP has gathered them
     for name, held in run.plan.items():
@@ -40,7 +40,7 @@ def measure(rank: int, world: int, cfg: Config) -> dict[str, float]:
         units[unit] = units.get(unit, 0) + math.prod(held.shape) * 4 / parts
         weights += math.prod(held.shape) * 4 / parts / shards
     return {
-        "resident": resident, "promised": 3 * weights, "peak": peak.most, "grads": weights,
+        "resident": resident, "promised": 3 * weights, "peak": ledger.peak().total, "grads": weights,
         "two units": sum(sorted(units.values())[-2:]), "all units": sum(units.values()),
     }  # fmt: skip
 

@@ -81,7 +81,7 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize(("cp", "P"), [(1, 391), (2, 392), (3, 390), (4, 392), (4, 8), (1, 1)])
 @pytest.mark.parametrize("G", [4, 2, 1])
 def test_equals_a_dense_mask(monkeypatch, cp, P, G, mean) -> None:
-    monkeypatch.setattr(blocked, "_SCORES", {"cpu": 3 * 128 * 200})  # some blocks go head by head, some all at once
+    monkeypatch.setattr(blocked, "_SCORES", 3 * 128 * 200)  # some blocks go head by head, some all at once
     generator = torch.Generator().manual_seed(P + cp)
     documents_BP, t = documents(3, P, mean, generator), leaves(3, 4, G, P, 8, generator)
     want = backward(lambda *qkv: dense(*qkv, documents_BP), t, torch.float64)

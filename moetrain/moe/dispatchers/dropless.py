@@ -66,7 +66,7 @@ class Dropless(Dispatcher):
         send_RS = load_X.view(-1, num_slots)
         recv_RS = torch.empty_like(send_RS)
         dist.all_to_all_single(recv_RS, send_RS, group=group)
-        send, recv = torch.stack([send_RS.sum(1), recv_RS.sum(1)]).tolist()
+        send, recv = on_host(send_RS.sum(1), recv_RS.sum(1), num_rows=target_N.numel())
         sent, M = sum(send), sum(recv)
         token_N = token_N[:sent]
         x_ND = gather(x_TD, token_N, back_TX, ragged=routing.ragged)
@@ -86,3 +86,9 @@ class Dropless(Dispatcher):
             y_MD = gather_sum(y_MD, index_M, arrive_M1)
             y_MD = comm.all_to_all(y_MD, recv=ticket.send, send=ticket.recv, group=ticket.group)
         return gather_sum(y_MD, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)
+
+
+def on_host(send_R: Tensor, recv_R: Tensor, *, num_rows: int) -> tuple[list[int], list[int]]:
+    """Rows to and from each peer: the one host sync. Nobody sends more than ``num_rows``; a dry run replaces this."""
+    send, recv = torch.stack([send_R, recv_R]).tolist()
+    return send, recv

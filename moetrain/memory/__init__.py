@@ -1,0 +1,1 @@
+"""What a rank's memory holds: ``ledger.py`` watches a step, ``dry.py`` runs one on tensors that have no memory."""
