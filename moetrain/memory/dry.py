@@ -239,7 +239,8 @@ def _tiled(mine: list[Piece], shapes: list[tuple[int, int, int, int]], *, ranks:
         for rank in range(ranks):
             run, at = tiles[rank % len(tiles)]
             L, R, C = (min(step, n - i) for n, step, i in zip(whole, sizes, at, strict=True))
-            held[rank] += [(number, e, at, (L, R, C)) for e in run]
+            l0, r0, c0 = at
+            held[rank] += [(number, e, (l0, r0, c0), (L, R, C)) for e in run]
     return held
 
 
