@@ -1,5 +1,6 @@
 """What a dry run foretells is what the same run on real tensors is seen to hold."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -18,21 +19,17 @@ BIG = MODEL | {
 LONG = TRAIN | {"micro_batch": 2, "seq_len": 128, "dtype": "float32"}
 DEEP = BIG | {"num_layers": 4}
 CASES = {
-    "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
-    "tp": (2, {"tp": 2, "ep": 2}, {}),
     "dp": (2, {"dp": 2, "ep": 2}, {"sharding": {"accumulate": "sharded"}}),
-    "cp": (2, {"cp": 2, "etp": 2}, {"sharding": {"dense": 2, "experts": 2}}),
     "all but pp": (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, {}),
     "1f1b": (2, {"pp": 2}, {}),
-    "1f1b of 4 ranks": (4, {"pp": 2, "tp": 2, "ep": 2}, {}),
     "interleaved": (4, {"pp": 2, "dp": 2, "ep": 2}, {"pipeline": {"schedule": "interleaved"}, "model": DEEP}),
-    "zbv": (2, {"pp": 2}, {"pipeline": {"schedule": "zbv"}, "model": DEEP}),
     "zbv of 4 ranks": (
         4, {"pp": 2, "dp": 2},
         {"pipeline": {"schedule": "zbv"}, "model": DEEP, "sharding": {"accumulate": "sharded"}},
     ),
     "recompute full": (2, {"dp": 2}, {"recompute": {"mode": "full"}}),
     "recompute selective": (2, {"tp": 2, "ep": 2}, {"recompute": {"mode": "selective", "loss_rows": 64}}),
+    "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
 }  # fmt: skip
 
 LOOSE = "zbv of 4 ranks"
@@ -58,6 +55,12 @@ def measure(rank: int, world: int, cfg: Config, steps: int = 2) -> Usage:
         topk.top_k = chosen
 
 
+def apart(fn, *args, **kwargs):
+    """In a process of its own: what torch remembers of a fake world is not for the ranks that are forked from this."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(fn, args, kwargs)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
     world, layout, groups = CASES[case]
@@ -66,7 +69,7 @@ def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
     pp = layout.get("pp", 1)
     every = ranks(world).run(measure, cfg)
     for at in range(pp):
-        foretold = estimate(cfg, world=world, at=at)
+        foretold = apart(estimate, cfg, world=world, at=at)
         seen = max(every[at * world // pp : (at + 1) * world // pp], key=lambda u: u.total)
         off = {kind.value: (foretold.peak.by_kind[kind] - n) / seen.total for kind, n in seen.by_kind.items()}
         words = f"{case}, rank {at} of pp: {foretold.peak.total / seen.total - 1:+.4%} of {seen.total}"
