@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
 from moetrain.layouts import Layout
+from moetrain.logical import DTypeName
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.optim import OptimConfig, check_saved
 from moetrain.parallel import state
@@ -26,14 +26,10 @@ from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
 
 
-class DType(Enum):
+class DType(DTypeName):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float64 = "float64"
-
-    @property
-    def torch(self) -> torch.dtype:
-        return getattr(torch, self.value)
 
 
 @config

@@ -2,9 +2,18 @@
 checkpoints are keyed by: a global name and global indices, never a rank."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
+
+
+class DTypeName(Enum):
+    """Base of the choices of a config that name one of torch's dtypes."""
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.value)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The state of a run on one rank, and one training step. Read ``Trainer.step`` first."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -110,7 +111,7 @@ class Trainer:
             set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
             loss = forward(m, None, None, {})
             assert isinstance(loss, Tensor)
-            with fixed_order(self.world.device, on=self.cfg.train.deterministic):
+            with self._fixed_order():
                 loss.backward()
             total += loss.detach()
         return total
@@ -119,10 +120,14 @@ class Trainer:
         """The same in the order of a schedule; zero on ranks without the last stage."""
         assert self.pipeline is not None
         units = Units(self.model, sharding=self.cfg.sharding)
-        with fixed_order(self.world.device, on=self.cfg.train.deterministic):
-            total = self.pipeline.step(micro_batches, forward, shape=self._shape, reduce=units.reduce)
+        total = self.pipeline.step(
+            micro_batches, forward, shape=self._shape, reduce=units.reduce, around_backward=self._fixed_order
+        )  # fmt: skip
         units.finish()
         return total
+
+    def _fixed_order(self) -> AbstractContextManager[None]:
+        return fixed_order(self.world.device, on=self.cfg.train.deterministic)
 
     @property
     def _shape(self) -> tuple[int, int]:

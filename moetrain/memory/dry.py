@@ -90,7 +90,7 @@ def micro_batches(cfg: Config, layout: Layout, at: int) -> int:
     if layout.pp == 1:
         return min(real, 2)
     pipe, pp = cfg.pipeline, layout.pp
-    dealt = pipe.order in pipeline._DEALT  # in equal rounds, whose length decides the order
+    dealt = pipe.order.is_dealt  # in equal rounds, whose length decides the order
     step = real // max(1, real // pp) if dealt else 1
     most = real // step if dealt else real
     most = step * min(most, -(-_PERIODS * pp // step))

@@ -4,9 +4,8 @@ import math
 from dataclasses import field
 from enum import Enum
 
-import torch
-
 from moetrain.config import UserError, config
+from moetrain.logical import DTypeName
 
 
 class Kind(Enum):
@@ -20,13 +19,9 @@ class Schedule(Enum):
     wsd = "wsd"  # warm-up, stable, decay (arXiv 2404.06395)
 
 
-class StateDType(Enum):
+class StateDType(DTypeName):
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        return getattr(torch, self.value)
 
 
 @config

@@ -6,8 +6,10 @@ tensors only. Here a buffer lives from its arrival to its use, weight gradients 
 (``deferred.py``), and a micro-batch's Context goes to every stage.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,18 +24,9 @@ from moetrain.mesh import Mesh
 from moetrain.model.flops import layer_flops
 from moetrain.model.transformer import ModelConfig, Stage
 from moetrain.moe.types import Carry
+from moetrain.parallel import schedules
 from moetrain.parallel.plan import Plan
-from moetrain.parallel.schedules import (
-    RECEIVED_AS,
-    STEP,
-    Action,
-    Kind,
-    PipelineConfig,
-    Schedule,
-    delivered,
-    table,
-    too_few,
-)  # fmt: skip
+from moetrain.parallel.schedules import BACKWARDS, RECEIVED_AS, STEP, Action, Kind, PipelineConfig
 
 
 def stages(cfg: ModelConfig, layout: Layout, pipeline: PipelineConfig) -> list[Stage]:
@@ -44,7 +37,7 @@ def stages(cfg: ModelConfig, layout: Layout, pipeline: PipelineConfig) -> list[S
         raise UserError(
             f"layout.pp={layout.pp}{each} (pipeline.schedule={pipeline.schedule}) makes {count} stages of "
             f"model.num_layers={cfg.num_layers} layers: each takes at least one, lower layout.pp"
-            + (" or pipeline.chunks" if pipeline.order in _DEALT else "")
+            + (" or pipeline.chunks" if pipeline.order.is_dealt else "")
         )
     sizes = pipeline.stages if layout.pp > 1 else None
     if sizes is not None and (len(sizes), sum(sizes)) != (count, cfg.num_layers):
@@ -55,9 +48,6 @@ def stages(cfg: ModelConfig, layout: Layout, pipeline: PipelineConfig) -> list[S
         )
     ends = list(itertools.accumulate(sizes or even(cfg, count)))
     return [Stage(range(a, b), a == 0, b == ends[-1]) for a, b in zip([0, *ends], ends, strict=False)]
-
-
-_DEALT = (Schedule.interleaved, Schedule.interleaved_zero_bubble)
 
 
 def even(cfg: ModelConfig, count: int) -> list[int]:
@@ -88,7 +78,7 @@ def tie(held: Plan, mesh: Mesh) -> None:
 
 def check_enough(layout: Layout, pipeline: PipelineConfig, *, micro_batches: int) -> None:
     """Raise ``UserError`` for a step too small for its schedule."""
-    if layout.pp > 1 and (why := too_few(pipeline, pp=layout.pp, micro_batches=micro_batches)):
+    if layout.pp > 1 and (why := schedules.too_few(pipeline, pp=layout.pp, micro_batches=micro_batches)):
         raise UserError(f"{why}: raise train.batch, lower layout.dp or train.micro_batch, or choose another schedule")
 
 
@@ -129,18 +119,20 @@ class Pipeline:
         *,
         shape: tuple[int, int],
         reduce: Callable[[Stage, bool], None],
+        around_backward: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         observe: Callable[[Action], None] | None = None,
     ) -> Tensor:
         """One schedule: the sum of the last stage's losses, zero on ranks without it; gradients accumulated.
 
         ``shape``: (B, S) of what stages pass. ``reduce(stage, last)`` is called after each of a stage's backwards is
-        whole, weight gradients included.
+        whole, weight gradients included; each part of one runs inside ``around_backward()``.
         """
         order, released = self._order(micro_batches)
         run = _Run(self, forward, shape, reduce, released, micro_batches)
         with deferred.splittable(self.cfg.order.splits_backward):
             for action in order:
-                run.do(action)
+                with around_backward() if action.kind in BACKWARDS else contextlib.nullcontext():
+                    run.do(action)
                 if observe is not None:
                     observe(action)
         return run.finish()
@@ -157,8 +149,8 @@ class Pipeline:
     def _order(self, micro_batches: int, *, backward: bool = True):
         """This rank's actions, and which of its sends a receive proves to have arrived."""
         known = {"pp": self.pp, "chunks": self.cfg.stages_a_rank, "micro_batches": micro_batches, "backward": backward}
-        orders = table(self.cfg.order, **known)
-        return orders[self.rank], delivered(self.rank, self.cfg.order, **known)
+        orders = schedules.table(self.cfg.order, **known)
+        return orders[self.rank], schedules.delivered(self.rank, self.cfg.order, **known)
 
 
 class _Run:

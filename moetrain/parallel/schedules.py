@@ -31,6 +31,11 @@ class Schedule(Enum):
         return self in (Schedule.zbv, Schedule.dualpipev)
 
     @property
+    def is_dealt(self) -> bool:
+        """Whether stages are dealt to the ranks in turn, ``chunks`` each, and micro-batches in equal rounds."""
+        return self in (Schedule.interleaved, Schedule.interleaved_zero_bubble)
+
+    @property
     def splits_backward(self) -> bool:
         """Whether weight gradients wait (``deferred.py``)."""
         return self in (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
@@ -88,6 +93,7 @@ class Kind(Enum):
     receive_backward = "RECV_B"
 
 
+BACKWARDS = {Kind.backward, Kind.backward_input, Kind.backward_weight}
 RECEIVED_AS = {Kind.send_forward: Kind.receive_forward, Kind.send_backward: Kind.receive_backward}
 STEP = {Kind.send_forward: 1, Kind.send_backward: -1}
 """From the stage that sends to the one that receives."""
@@ -107,7 +113,7 @@ def too_few(cfg: PipelineConfig, *, pp: int, micro_batches: int) -> str | None:
     n = micro_batches
     if cfg.order is Schedule.dualpipev and n < 2 * pp:
         return f"pipeline.schedule=dualpipev needs 2 * layout.pp = {2 * pp} micro-batches a step or more, there are {n}"
-    if cfg.order in (Schedule.interleaved, Schedule.interleaved_zero_bubble) and n % max(1, n // pp):
+    if cfg.order.is_dealt and n % max(1, n // pp):
         return (
             f"pipeline.schedule={cfg.schedule} deals micro-batches in equal rounds of at least layout.pp={pp}: "
             f"{n} do not divide into {n // pp}"

@@ -4,7 +4,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import livemem
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from moetrain import comm
 from moetrain.config import OPTIONS, UserError, load
 from moetrain.evaluate import summed_loss
 from moetrain.job import Config, check
+from moetrain.memory.ledger import Ledger
 from moetrain.model.loss import summed, summed_in_chunks
 from moetrain.moe.routers import topk
 from moetrain.moe.routers.replay import save_choices
@@ -266,9 +266,9 @@ def peak(rank: int, world: int, cfg: Config) -> int:
     """Bytes that a step has made, at its peak."""
     run = trainer(rank, world, cfg)
     run.step()
-    with livemem.Peak() as watched:
+    with Ledger() as ledger:
         run.step()
-    return watched.most
+    return ledger.peak().total
 
 
 def test_less_is_alive_the_more_is_computed_again(small_corpus, tmp_path) -> None:

@@ -13,7 +13,7 @@ from moetrain.layouts import count_legal
 from moetrain.verify.report import parse
 
 SMALL = [
-    "model.vocab_size=64", "model.dim=16", "model.num_layers=1", "model.num_heads=4", "model.num_kv_heads=2",
+    "model.vocab_size=64", "model.dim=16", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
     "model.moe.num_experts=4", "model.moe.hidden=8", "train.batch=4", "train.micro_batch=1", "train.seq_len=12",
     "train.device=cpu", "train.dtype=float64", "optim.warmup=0",
 ]  # fmt: skip
