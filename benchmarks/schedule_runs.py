@@ -109,7 +109,7 @@ class Waiting:
 @contextmanager
 def waits() -> Iterator[list[tuple[float, float]]]:
     """From when to when the runner waited for a message."""
-    found, take = [], pipeline._Run._take
+    found, take = [], pipeline.Run._take
 
     def timed(self, kind: Kind, s: int, m: int) -> list[Tensor]:
         start = time.perf_counter()
@@ -117,11 +117,11 @@ def waits() -> Iterator[list[tuple[float, float]]]:
         found.append((start, time.perf_counter()))
         return tensors
 
-    pipeline._Run._take = timed
+    pipeline.Run._take = timed
     try:
         yield found
     finally:
-        pipeline._Run._take = take
+        pipeline.Run._take = take
 
 
 def measure(world: World, cases: list[Case], repetitions: int) -> list[list[Run]]:

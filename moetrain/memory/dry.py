@@ -7,7 +7,6 @@ times a factor for those received), tables that the host plans from are real, an
 
 import contextlib
 import itertools
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from moetrain.job import Config, Data, check
 from moetrain.kernels import grouped, reference
 from moetrain.layouts import Layout
 from moetrain.memory.ledger import Kind, Ledger, Usage, swapped
+from moetrain.memory.repeats import repeating
 from moetrain.model import attend
 from moetrain.model.attend import Visible
 from moetrain.model.transformer import Transformer
@@ -36,7 +36,7 @@ from moetrain.moe.dispatchers import dropless
 from moetrain.moe.types import Placement
 from moetrain.optim import muon
 from moetrain.optim.work import Piece
-from moetrain.parallel import pipeline, schedules, state
+from moetrain.parallel import pipeline, state
 from moetrain.parallel.context import Part
 from moetrain.train import Trainer
 from moetrain.world import World
@@ -62,7 +62,7 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
     """
     layout = check(cfg, world=world)
     t = cfg.train
-    n = micro_batches(cfg, layout, at)
+    n = micro_batches(cfg, layout)
     cfg = replace(cfg, train=replace(t, batch=layout.dp * t.micro_batch * n, ramp=type(t.ramp)()))
     rank = at * (world // layout.pp)
     every = pipeline.stages(cfg.model, layout, cfg.pipeline)
@@ -74,78 +74,27 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
         trainer = Trainer(cfg, here, Data({}, Blank(cfg), {}))
         ledger = Ledger()
         hold(ledger, trainer)
+        stack.enter_context(swapped(pipeline, "Run", lambda _: repeating(ledger)))
         with ledger:
             trainer.step()
         return Estimate(stages, [every[s].layers for s in stages], rank, n, ledger.peak(), ledger.now())
 
 
-def micro_batches(cfg: Config, layout: Layout, at: int) -> int:
+def micro_batches(cfg: Config, layout: Layout) -> int:
     """How many of a step's micro-batches come by all that the step holds; those left out add nothing.
 
-    Without a pipeline two: the first meets no gradients, the last meets them all and reduces them. In one, as many as
-    it takes for each of its moments to be met with no fewer forwards and weight gradients waiting, of each stage.
+    Without a pipeline two: the first meets no gradients, the last meets them all and reduces them. In one, so many that
+    its schedule has repeated itself.
     """
-    t = cfg.train
-    real = t.batch // (layout.dp * t.micro_batch)
-    if layout.pp == 1:
+    real, pp = cfg.train.batch // (layout.dp * cfg.train.micro_batch), layout.pp
+    if pp == 1:
         return min(real, 2)
-    pipe, pp = cfg.pipeline, layout.pp
-    dealt = pipe.order.is_dealt  # in equal rounds, whose length decides the order
-    step = real // max(1, real // pp) if dealt else 1
-    most = real // step if dealt else real
-    most = step * min(most, -(-_PERIODS * pp // step))
-    wanted = _moments(cfg, layout, at, most)
-
-    def enough(n: int) -> bool:
-        if schedules.too_few(pipe, pp=pp, micro_batches=n):
-            return False
-        have = _moments(cfg, layout, at, n)
-        return all(any(_covers(h, w) for h in have.get(key, ())) for key, states in wanted.items() for w in states)
-
-    rounds = range(step, most, step)
-    return [*rounds, most][bisect_left(rounds, True, key=enough)]
+    step = real // max(1, real // pp) if cfg.pipeline.order.is_dealt else 1  # rounds, whose length decides the order
+    return min(real, step * -(-_PERIODS * pp // step))
 
 
 _PERIODS = 4
 """Of ``pp`` micro-batches: by then every schedule repeats itself."""
-
-
-def _moments(cfg: Config, layout: Layout, at: int, n: int) -> dict[tuple, set[tuple[int, ...]]]:
-    """What a rank does (kind, stage, stages that are through) -> what there is: of each stage, forwards waiting, weight
-    gradients waiting, and whether a backward has been; messages on their way in, and out."""
-    pipe, pp, kinds = cfg.pipeline, layout.pp, schedules.Kind
-    known = {"pp": pp, "chunks": pipe.stages_a_rank, "micro_batches": n}
-    orders, delivered = schedules.table(pipe.order, **known), schedules.delivered(at, pipe.order, **known)
-    arriving: set[schedules.Action] = set()
-    sent: set[schedules.Action] = set()
-    mine = pipe.stages_of(at, pp=pp)
-    flying, waiting, left = dict.fromkeys(mine, 0), dict.fromkeys(mine, 0), dict.fromkeys(mine, n)
-    found: dict[tuple, set[tuple[int, ...]]] = {}
-    for action in orders[at]:
-        kind, s, m = action
-        if kind in schedules.RECEIVED_AS:
-            sent.add(action)
-            continue
-        if kind in schedules.RECEIVED_AS.values():
-            arriving.add(action)
-            continue
-        used = schedules.Action(kinds.receive_forward if kind is kinds.forward else kinds.receive_backward, s, m)
-        if kind is not kinds.backward_weight and used in arriving:
-            arriving.remove(used)
-            sent.difference_update(delivered.get(used, ()))
-        flying[s] += kind is kinds.forward
-        waiting[s] += kind is kinds.backward_input
-        left[s] -= kind in (kinds.backward, kinds.backward_weight)
-        key = kind, s, tuple(x == 0 for x in left.values())
-        begun = (int(x < n) for x in left.values())
-        found.setdefault(key, set()).add((*flying.values(), *waiting.values(), *begun, len(arriving), len(sent)))
-        flying[s] -= kind in (kinds.backward, kinds.backward_input)
-        waiting[s] -= kind is kinds.backward_weight
-    return found
-
-
-def _covers(have: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return all(h >= w for h, w in zip(have, wanted, strict=True))
 
 
 def hold(ledger: Ledger, trainer: Trainer) -> None:

@@ -48,6 +48,10 @@ class Usage:
     when: str = ""
 
 
+Change = tuple[int, int]
+"""A storage's number, bytes more or less."""
+
+
 class Ledger(TorchDispatchMode):
     """Inside it, every storage is written down that an operation makes or hands on; ``hold`` adds those made before."""
 
@@ -56,7 +60,7 @@ class Ledger(TorchDispatchMode):
         self._serials: dict[int, int] = {}  # storage -> its number, of those alive
         self._sizes: list[int] = []  # by number
         self._kinds: list[Kind] = []
-        self._changes: list[tuple[int, int]] = []  # number, bytes more or less; in order of time
+        self._changes: list[Change] = []  # in order of time
         self._moments: list[tuple[int, str]] = [(0, "forward")]  # from which change on
         self._labels: list[Kind] = []  # innermost last
         self._young: list[int] = []  # made outside a backward since the last one
@@ -90,6 +94,35 @@ class Ledger(TorchDispatchMode):
     def now(self) -> Usage:
         return self._usage(len(self._changes))
 
+    def number(self, x: Tensor) -> int:
+        """Of the storage of a tensor that was made in here."""
+        return self._serials[_local(x).untyped_storage()._cdata]
+
+    @property
+    def time(self) -> int:
+        return len(self._changes)
+
+    def changes(self, since: int) -> list[Change]:
+        return self._changes[since:]
+
+    def repeat(
+        self, changes: list[Change], made: dict[int, tuple[torch.Size, torch.dtype]], have: dict[int, Tensor], *,
+        backward: bool,
+    ) -> None:  # fmt: skip
+        """Write ``changes`` down once more, as of other storages of the same kinds, but not those of tensors in
+        ``have``, which their owners drop. Those in ``made`` are made, when it is their turn, and added to ``have``."""
+        if backward:
+            self._keep(self._young)
+        for number, more in changes:
+            if number in have:
+                continue
+            if number in made:
+                shape, dtype = made[number]
+                have[number] = torch.empty(shape, dtype=dtype)
+                self._kinds[self.number(have[number])] = self._kinds[number]
+            else:
+                self._changes.append((number, more))
+
     def _usage(self, at: int) -> Usage:
         by_kind = dict.fromkeys(Kind, 0)
         for serial, more in self._changes[:at]:
@@ -109,7 +142,7 @@ class Ledger(TorchDispatchMode):
             lambda checkpoint: lambda fn, *args, **kw: checkpoint(self._made_again(fn), *args, **kw),
         )
         swap(rerun._Made, "unpack", self._made_again)
-        swap(pipeline._Run, "do", self._doing)
+        swap(pipeline.Run, "do", self._doing)
         swap(data, "_add_up", self._adding)
         swap(comm, "reduce_scatter", self._unseen)  # gloo copies its input, NCCL does not
         for name in ("unshard", "wait_for_unshard"):

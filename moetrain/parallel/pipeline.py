@@ -87,7 +87,7 @@ Forward = Callable[[int, Stage | None, Tensor | None, Carry], Tensor | tuple[Ten
 
 
 @dataclass
-class _InFlight:
+class InFlight:
     """A micro-batch between a stage's forward and backward."""
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -127,8 +127,8 @@ class Pipeline:
         ``shape``: (B, S) of what stages pass. ``reduce(stage, last)`` is called after each of a stage's backwards is
         whole, weight gradients included; each part of one runs inside ``around_backward()``.
         """
-        order, released = self._order(micro_batches)
-        run = _Run(self, forward, shape, reduce, released, micro_batches)
+        order, released = self.order(micro_batches)
+        run = Run(self, forward, shape, reduce, released, micro_batches)
         with deferred.splittable(self.cfg.order.splits_backward):
             for action in order:
                 with around_backward() if action.kind in BACKWARDS else contextlib.nullcontext():
@@ -140,20 +140,20 @@ class Pipeline:
     @torch.no_grad()
     def forwards(self, micro_batches: int, forward: Forward, *, shape: tuple[int, int]) -> Tensor:
         """Losses without backward, as ``step`` returns them: every micro-batch through a stage, then the next stage."""
-        order, released = self._order(micro_batches, backward=False)
-        run = _Run(self, forward, shape, lambda stage, last: None, released, micro_batches)
+        order, released = self.order(micro_batches, backward=False)
+        run = Run(self, forward, shape, lambda stage, last: None, released, micro_batches)
         for action in order:
             run.do(action)
         return run.finish()
 
-    def _order(self, micro_batches: int, *, backward: bool = True):
+    def order(self, micro_batches: int, *, backward: bool = True):
         """This rank's actions, and which of its sends a receive proves to have arrived."""
         known = {"pp": self.pp, "chunks": self.cfg.stages_a_rank, "micro_batches": micro_batches, "backward": backward}
         orders = schedules.table(self.cfg.order, **known)
         return orders[self.rank], schedules.delivered(self.rank, self.cfg.order, **known)
 
 
-class _Run:
+class Run:
     """What one schedule has in flight."""
 
     def __init__(self, pipe: Pipeline, forward: Forward, shape, reduce, delivered, micro_batches: int) -> None:
@@ -162,13 +162,22 @@ class _Run:
         self.losses: list[Tensor] = []
         self.arriving: dict[tuple[Kind, int, int], tuple[list[Tensor], list[dist.Work]]] = {}
         self.passed: dict[tuple[Kind, int, int], list[Tensor]] = {}  # for a stage of this rank, or yet to be sent
-        self.flying: dict[tuple[int, int], _InFlight] = {}
+        self.flying: dict[tuple[int, int], InFlight] = {}
         self.queues: dict[tuple[int, int], deferred.Queue] = {}
         self.sent: dict[Action, list[tuple[dist.Work, Tensor]]] = {}
         self.left = {s: micro_batches for s in pipe.cfg.stages_of(pipe.rank, pp=pipe.pp)}
         self.micro_batches = micro_batches
 
     def do(self, action: Action) -> None:
+        kind, s, m = action
+        if kind in (Kind.send_forward, Kind.send_backward):
+            self._send(kind, s, m)
+        elif kind in (Kind.receive_forward, Kind.receive_backward):
+            self._receive(kind, s, m)
+        else:
+            self.compute(action)
+
+    def compute(self, action: Action) -> None:
         kind, s, m = action
         if kind is Kind.forward:
             self._forward(s, m)
@@ -178,13 +187,9 @@ class _Run:
         elif kind is Kind.backward_input:
             with deferred.into(self.queues.setdefault((s, m), [])):
                 self._backward(s, m)
-        elif kind is Kind.backward_weight:
+        else:
             deferred.run(self.queues.pop((s, m)))
             self._whole(s)
-        elif kind in (Kind.send_forward, Kind.send_backward):
-            self._send(kind, s, m)
-        else:
-            self._receive(kind, s, m)
 
     def finish(self) -> Tensor:
         for action in list(self.sent):
@@ -198,7 +203,7 @@ class _Run:
 
     def _forward(self, s: int, m: int) -> None:
         stage = self.pipe.stages[s]
-        flying = _InFlight()
+        flying = InFlight()
         if not stage.first:
             flying.inputs = self._take(Kind.receive_forward, s, m)
             if torch.is_grad_enabled():
