@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Queue = list[tuple[Tensor, Callable[[], Tensor]]]
-"""What a weight was used as (a view or cast of it), and how to make the gradient of that."""
+Queue = list[tuple[Tensor, Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]
+"""What a weight was used as (a view or cast of it), how to make the gradient of that, and from which two factors."""
 
 _recording = False
 _queue: Queue | None = None
@@ -44,8 +44,8 @@ def into(queue: Queue | None) -> Iterator[None]:
 
 def run(queue: Queue) -> None:
     """Add what was put off to the weights' gradients."""
-    for used, gradient in queue:
-        torch.autograd.backward(used, gradient())
+    for used, d_w, g, x in queue:
+        torch.autograd.backward(used, d_w(g, x))
     queue.clear()
 
 
@@ -90,7 +90,7 @@ class _Product(torch.autograd.Function):
         x, w = ctx.saved_tensors
         (used,), d_w = ctx.used, ctx.d_w
         queue: Queue = [] if _queue is None else _queue
-        queue.append((used, lambda: d_w(g, x)))
+        queue.append((used, d_w, g, x.detach()))  # without the graph that made it
         d_x = ctx.d_x(g, w)
         if _queue is None:
             run(queue)

@@ -121,7 +121,8 @@ class Trainer:
         assert self.pipeline is not None
         units = Units(self.model, sharding=self.cfg.sharding)
         total = self.pipeline.step(
-            micro_batches, forward, shape=self._shape, reduce=units.reduce, around_backward=self._fixed_order
+            micro_batches, forward, shape=self._shape, reshard=units.reshard, reduce=units.reduce,
+            around_backward=self._fixed_order,
         )  # fmt: skip
         units.finish()
         return total

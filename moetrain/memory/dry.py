@@ -74,7 +74,7 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
         trainer = Trainer(cfg, here, Data({}, Blank(cfg), {}))
         ledger = Ledger()
         hold(ledger, trainer)
-        stack.enter_context(swapped(pipeline, "Run", lambda _: repeating(ledger)))
+        stack.enter_context(swapped(pipeline, "Run", lambda _: repeating(ledger, trainer.model)))
         with ledger:
             trainer.step()
         return Estimate(stages, [every[s].layers for s in stages], rank, n, ledger.peak(), ledger.now())

@@ -105,23 +105,21 @@ class Ledger(TorchDispatchMode):
     def changes(self, since: int) -> list[Change]:
         return self._changes[since:]
 
-    def repeat(
-        self, changes: list[Change], made: dict[int, tuple[torch.Size, torch.dtype]], have: dict[int, Tensor], *,
-        backward: bool,
-    ) -> None:  # fmt: skip
-        """Write ``changes`` down once more, as of other storages of the same kinds, but not those of tensors in
-        ``have``, which their owners drop. Those in ``made`` are made, when it is their turn, and added to ``have``."""
-        if backward:
-            self._keep(self._young)
-        for number, more in changes:
-            if number in have:
-                continue
-            if number in made:
-                shape, dtype = made[number]
-                have[number] = torch.empty(shape, dtype=dtype)
-                self._kinds[self.number(have[number])] = self._kinds[number]
-            else:
-                self._changes.append((number, more))
+    def size(self, number: int) -> int:
+        return self._sizes[number]
+
+    def repeat(self, number: int, more: int) -> None:
+        """A change once more, as of another storage of the same kind."""
+        self._changes.append((number, more))
+
+    def forget(self, since: int) -> None:
+        del self._changes[since:]
+
+    def kind(self, number: int) -> Kind:
+        return self._kinds[number]
+
+    def label(self, x: Tensor, kind: Kind) -> None:
+        self._kinds[self.number(x)] = kind
 
     def _usage(self, at: int) -> Usage:
         by_kind = dict.fromkeys(Kind, 0)
@@ -210,7 +208,7 @@ class Ledger(TorchDispatchMode):
         def watched(*args: Any, **kwargs: Any):
             if self._depth:  # a product's, which was not put off
                 return backward(*args, **kwargs)
-            self._keep(self._young)
+            self.begin_backward()
             self._backwards += 1
             self._moments.append((len(self._changes), self._action or f"backward {self._backwards}"))
             self._depth = 1
@@ -221,6 +219,10 @@ class Ledger(TorchDispatchMode):
             self._keep(self._born)
 
         return watched
+
+    def begin_backward(self) -> None:
+        """What forwards made and is still there is an activation."""
+        self._keep(self._young)
 
     def _keep(self, made: list[int], start: int = 0) -> None:
         """Of what was made, what is still there and nothing else is an activation."""
@@ -262,7 +264,7 @@ class Ledger(TorchDispatchMode):
         return watched
 
     def _mark_unsharded(self, unit: Any) -> None:
-        for group in data._groups(unit):
+        for group in data.param_groups(unit):
             params = [p for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
             self._mark(g for p in params for g in (p._unsharded_param.grad, p.unsharded_accumulated_grad))
 

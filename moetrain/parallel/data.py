@@ -2,6 +2,7 @@
 
 import itertools
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,8 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
                 module.set_modules_to_backward_prefetch([module])
                 module.set_custom_reduce_scatter(_ReduceScatter())
     if not world.on_cpu(mesh.device) and mesh.layout.pp > 1:
+        if isinstance(model, FSDPModule):
+            model.set_modules_to_backward_prefetch([model])
         for stage in model.stages:
             _prefetch_along(stage, model)
 
@@ -124,13 +127,16 @@ class Units:
             unit.set_requires_gradient_sync(False, recurse=False)
             unit.set_reshard_after_backward(level == 3, recurse=False)
 
+    def reshard(self, stage: Stage) -> None:
+        """A backward of a stage has ended; what has an input without a gradient, FSDP2 does not hear of that."""
+        for unit in itertools.chain(*_parts(stage, self.model)):
+            for group in param_groups(unit):
+                if group.reshard_after_backward:
+                    group.reshard()
+
     def reduce(self, stage: Stage, last: bool) -> None:
         """A micro-batch's gradients of a stage are whole; ``last``: of the step."""
-        model = self.model
-        parts = [model.blocks[str(i)] for i in stage.layers]
-        if not model.cfg.tie_embeddings:  # a tied one is the root's, which is whole at the end
-            parts += [end for end, here in ((model.embedding, stage.first), (model.head, stage.last)) if here and end]
-        for unit in (module for part in parts for module in part.modules() if isinstance(module, FSDPModule)):
+        for unit in itertools.chain(*_parts(stage, self.model)):
             if last or self.sharded:
                 self._reduce(unit, last)
             else:
@@ -151,31 +157,39 @@ class Units:
         unit.set_requires_all_reduce(last, recurse=False)  # of HSDP's copies: once a step
         if last:
             unit.set_reshard_after_backward(True, recurse=False)
-        for group in _groups(unit):
+        for group in param_groups(unit):
             group.post_backward()
         unit.set_requires_gradient_sync(False, recurse=False)
 
 
 def _prefetch_along(stage: Stage, model: Transformer) -> None:
-    """Gather a stage's next block early: FSDP2's own guess is the order of the last forward, of any micro-batch."""
-    blocks = [block for i in stage.layers if isinstance(block := model.blocks[str(i)], FSDPModule)]
-    for block, after in itertools.pairwise(blocks):
-        block.set_modules_to_forward_prefetch([after])
-        after.set_modules_to_backward_prefetch([block])
-    for block in blocks[:1]:
-        block.set_modules_to_backward_prefetch([block])
+    """Gather a stage's next unit early: FSDP2's own guess is the order of the last forward, of any micro-batch."""
+    parts = _parts(stage, model)
+    forward, backward = ([unit for part in several for unit in part] for several in (parts, reversed(parts)))
+    for unit, after in itertools.pairwise(forward):
+        unit.set_modules_to_forward_prefetch([after])
+    for unit, after in itertools.pairwise([*backward, *backward[-1:]]):  # the last none
+        unit.set_modules_to_backward_prefetch([after])
+
+
+def _parts(stage: Stage, model: Transformer) -> list[list[FSDPModule]]:
+    """Units of the embedding, of each block, of the head; one that is tied is the root's, which is no stage's."""
+    parts: list[Any] = [model.blocks[str(i)] for i in stage.layers]
+    if not model.cfg.tie_embeddings:
+        parts = [*[model.embedding] * stage.first, *parts, *[model.head] * stage.last]
+    return [[module for module in part.modules() if isinstance(module, FSDPModule)] for part in parts]
 
 
 def _add_up(unit: FSDPModule) -> None:
     """Move a micro-batch's gradients to where they are added in the dtype of the reduction."""
-    for group in _groups(unit):
+    for group in param_groups(unit):
         for p in group.fsdp_params:
             if hasattr(p, "_unsharded_param"):
                 p.accumulate_unsharded_grad_if_needed()
                 p.to_accumulated_grad_if_needed()
 
 
-def _groups(unit: FSDPModule) -> list:
+def param_groups(unit: FSDPModule) -> list:
     state = unit._get_fsdp_state()
     several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before it, one or none
     return several if several is not None else [g for g in [state._fsdp_param_group] if g is not None]

@@ -118,17 +118,19 @@ class Pipeline:
         forward: Forward,
         *,
         shape: tuple[int, int],
+        reshard: Callable[[Stage], None],
         reduce: Callable[[Stage, bool], None],
         around_backward: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         observe: Callable[[Action], None] | None = None,
     ) -> Tensor:
         """One schedule: the sum of the last stage's losses, zero on ranks without it; gradients accumulated.
 
-        ``shape``: (B, S) of what stages pass. ``reduce(stage, last)`` is called after each of a stage's backwards is
-        whole, weight gradients included; each part of one runs inside ``around_backward()``.
+        ``shape``: (B, S) of what stages pass. ``reshard(stage)`` is called after each of a stage's backwards,
+        ``reduce(stage, last)`` when it is whole, weight gradients included; each part of one runs inside
+        ``around_backward()``.
         """
         order, released = self.order(micro_batches)
-        run = Run(self, forward, shape, reduce, released, micro_batches)
+        run = Run(self, forward, shape, reshard, reduce, released, micro_batches)
         with deferred.splittable(self.cfg.order.splits_backward):
             for action in order:
                 with around_backward() if action.kind in BACKWARDS else contextlib.nullcontext():
@@ -141,7 +143,8 @@ class Pipeline:
     def forwards(self, micro_batches: int, forward: Forward, *, shape: tuple[int, int]) -> Tensor:
         """Losses without backward, as ``step`` returns them: every micro-batch through a stage, then the next stage."""
         order, released = self.order(micro_batches, backward=False)
-        run = Run(self, forward, shape, lambda stage, last: None, released, micro_batches)
+        nothing = lambda *args: None  # noqa: E731
+        run = Run(self, forward, shape, nothing, nothing, released, micro_batches)
         for action in order:
             run.do(action)
         return run.finish()
@@ -156,8 +159,10 @@ class Pipeline:
 class Run:
     """What one schedule has in flight."""
 
-    def __init__(self, pipe: Pipeline, forward: Forward, shape, reduce, delivered, micro_batches: int) -> None:
-        self.pipe, self.forward, self.shape, self.reduce = pipe, forward, shape, reduce
+    def __init__(
+        self, pipe: Pipeline, forward: Forward, shape, reshard, reduce, delivered, micro_batches: int
+    ) -> None:  # fmt: skip
+        self.pipe, self.forward, self.shape, self.reshard, self.reduce = pipe, forward, shape, reshard, reduce
         self.delivered = delivered
         self.losses: list[Tensor] = []
         self.arriving: dict[tuple[Kind, int, int], tuple[list[Tensor], list[dist.Work]]] = {}
@@ -226,6 +231,7 @@ class Run:
         last = self.pipe.stages[s].last
         grads = [torch.ones_like(self.losses[0])] if last else self._take(Kind.receive_backward, s, m)
         torch.autograd.backward(flying.outputs, grads)
+        self.reshard(self.pipe.stages[s])
         if not self.pipe.stages[s].first:
             found = [torch.zeros_like(x) if x.grad is None else x.grad for x in flying.inputs]
             self._put(Kind.send_backward, s, m, found)
