@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import drawn
 from test_train import MODEL, TRAIN, config, trainer
 
 from moetrain.job import Config
@@ -61,7 +62,7 @@ def apart(fn, *args, **kwargs):
         return pool.apply(fn, args, kwargs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drawn(CASES, 4, of="dry runs"))
 def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
     world, layout, groups = CASES[case]
     train = LONG | {"batch": (2 if layout.get("pp", 1) == 1 else 8) * 2 * layout.get("dp", 1)}

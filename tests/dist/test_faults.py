@@ -4,7 +4,7 @@ import random
 from functools import cache
 
 import pytest
-from test_same_run import commit
+from drawn import ALL, commit
 from test_verify import Pool
 
 from moetrain.cli.compose import compose
@@ -59,20 +59,23 @@ def references(shrunk, ranks, tmp_path_factory):
 OF_PIPELINES = {"norm_of_a_stage", "balance_in_both_backwards", "tied_ends_not_summed"}
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+def placed(one: str) -> list[bool]:
+    """Whether to run in a pipeline, in one stage, or both: the commit says so."""
+    return [True, False] if ALL else [random.Random(f"{commit()} {one}").random() < 0.5]
+
+
+@pytest.mark.parametrize("name", [n + ", pp" * pipeline for n in PIPELINES for pipeline in placed(n)])
 def test_without_a_fault_the_originals_are_the_same_run(ranks, tmp_path, shrunk, references, name) -> None:
     layout = shrunk(name).layout
     assert (layout.pp > 1) == name.endswith("pp")
     assert verify(layout, references(name), Pool(ranks(layout.world)), tmp_path / "layout").kind == "same"
 
 
-CAUGHT = [(fault, True) for fault in faults.FAULTS]
-CAUGHT += [(fault, False) for fault in random.Random(commit()).sample(sorted(faults.FAULTS.keys() - OF_PIPELINES), 6)]
+CAUGHT = [(f, pipeline) for f in faults.FAULTS for pipeline in ([True] if f in OF_PIPELINES else placed(f))]
 
 
 @pytest.mark.parametrize(("fault", "pipeline"), CAUGHT)
 def test_every_fault_is_caught(ranks, tmp_path, shrunk, references, fault, pipeline) -> None:
-    """Each in a pipeline, and six that the commit draws in one stage."""
     names = [n for n in ORIGINALS if n.endswith("pp") == pipeline]
     shows = [n for n in names if faults.FAULTS[fault].needs(shrunk(n), shrunk(n).layout) is None]
     assert shows, "one of the originals can show it"

@@ -1,11 +1,13 @@
 """Every dispatcher x ep degree against the plain-loop reference: outputs and every gradient, float64, exact routing."""
 
 from dataclasses import replace
+import itertools
 from functools import cache
 
 import pytest
 import reference
 import torch
+from drawn import drawn
 from torch import Tensor
 
 import moetrain.moe  # noqa: F401 (registers the options)
@@ -117,18 +119,18 @@ def compare(got: dict, want: dict, tolerance: float) -> None:
 GRIDS = {1: [(1, 1)], 2: [(1, 1), (2, 1), (1, 2)], 3: [(1, 3)], 4: [(2, 1), (4, 1), (2, 2)]}
 
 
-@pytest.mark.parametrize("world", GRIDS)
-def test_every_dispatcher_ep_and_etp_equals_the_reference(ranks, world) -> None:
-    pool = ranks(world)
-    for router_name, router in ROUTERS.items():
-        for name, dispatcher in DISPATCHERS.items():
-            want = truth(router_name, name)
-            assert (want["dropped"] > 0) == ("much" in name or (name == "capacity")), (
-                "the case drops what its name says"
-            )
-            for ep, etp in GRIDS[world]:
-                got = together(pool.run(layer_on, ep, etp, router, dispatcher, Kernel.auto, torch.float64))
-                compare(got, want, 1e-12)
+PLACES = [(world, *grid) for world, grids in GRIDS.items() for grid in grids]
+
+
+@pytest.mark.parametrize(
+    ("place", "router", "name"), drawn(itertools.product(PLACES, ROUTERS, DISPATCHERS), 30, of="dispatchers"), ids=str
+)
+def test_every_dispatcher_ep_and_etp_equals_the_reference(ranks, place, router, name) -> None:
+    world, ep, etp = place
+    want = truth(router, name)
+    assert (want["dropped"] > 0) == ("much" in name or name == "capacity"), "the case drops what its name says"
+    words = ep, etp, ROUTERS[router], DISPATCHERS[name], Kernel.auto, torch.float64
+    compare(together(ranks(world).run(layer_on, *words)), want, 1e-12)
 
 
 def test_grouped_mm_equals_the_reference_in_float32(ranks) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import whole
+from drawn import drawn
 from test_train import MODEL, TRAIN, close, config, curve, error
 from torch import Tensor
 
@@ -29,7 +30,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", drawn(CASES, 5, of="pipelines"))
 def test_the_steps_are_those_of_one_rank(ranks, small_corpus, tmp_path, case) -> None:
     world, layout, pipeline, groups = CASES[case]
     groups = {"model": DEEP} | groups

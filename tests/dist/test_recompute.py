@@ -1,5 +1,6 @@
 """Recompute and the loss in chunks: the same gradients, choices and counts from less memory, under every layout."""
 
+import itertools
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from drawn import drawn
 from test_train import MODEL, TRAIN, close, config, curve, error, trainer
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -150,19 +152,19 @@ def want(small_corpus, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
-def test_layouts_with_recompute_are_the_run_of_one_rank_without(ranks, small_corpus, tmp_path, want, world) -> None:
-    trials = [(name, layout) for name in want for layout in LAYOUTS[world]]
-    modes = list(RECOMPUTE.values())
-    for i, (name, layout) in enumerate(trials):
-        for j in range(2):
-            recompute, sharding = modes[(2 * i + j) % len(modes)], SHARDING[(i + j) % len(SHARDING)]
-            folder = tmp_path / f"{i}-{j}"
-            folder.mkdir()
-            cfg = case(small_corpus, folder, name, recompute, layout=layout, sharding=sharding)
-            got = ranks(world).run(curve, cfg)
-            assert all(g == got[0] for g in got), "ranks agree"
-            close(got[0], want[name])
+PLACES = [(world, layout) for world, several in LAYOUTS.items() for layout in several]
+TRIALS = drawn(itertools.product(PLACES, list(CASES)[:2], RECOMPUTE, SHARDING), 6, of="recompute")
+
+
+@pytest.mark.parametrize(("place", "name", "mode", "sharding"), TRIALS, ids=str)
+def test_layouts_with_recompute_are_the_run_of_one_rank_without(
+    ranks, small_corpus, tmp_path, want, place, name, mode, sharding
+) -> None:
+    world, layout = place
+    cfg = case(small_corpus, tmp_path, name, RECOMPUTE[mode], layout=layout, sharding=sharding)
+    got = ranks(world).run(curve, cfg)
+    assert all(g == got[0] for g in got), "ranks agree"
+    close(got[0], want[name])
 
 
 def test_a_rank_whose_rows_of_the_vocabulary_are_all_padding(ranks, small_corpus, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Some steps under every layout are the same run: losses, norms, loads, and every tensor of the checkpoint."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import whole
+from drawn import drawn
 from torch import Tensor
 
 import moetrain.moe  # noqa: F401 (registers the options)
@@ -132,19 +134,25 @@ def test_one_rank_learns_and_drops_only_where_it_should(one_rank, case) -> None:
     assert (want[0][4] > 0) == (case == "capacity"), "capacity 1.0 drops something, the others nothing"
 
 
+def trials(worlds: dict[int, Iterable[str]]) -> list[tuple[int, str, dict]]:
+    """(ranks, case, layout)."""
+    models = {case: groups.get("model", MODEL) for case, groups in CASES.items()}
+    return [(world, case, n) for world, cases in worlds.items() for case in cases for n in layouts(world, models[case])]
+
+
 ON_FOUR = ("dropless", "capacity", "document masks, ignored targets")
+EVERY = drawn(trials({2: CASES, 4: ON_FOUR}), 9, of="layouts")
 
 
-@pytest.mark.parametrize(("world", "case"), [(2, case) for case in CASES] + [(4, case) for case in ON_FOUR])
-def test_the_steps_are_the_same_under_every_layout(ranks, small_corpus, one_rank, tmp_path, world, case) -> None:
+@pytest.mark.parametrize(("world", "case", "layout"), EVERY, ids=str)
+def test_the_steps_are_the_same_under_every_layout(ranks, small_corpus, one_rank, tmp_path, world, case, layout) -> None:
     groups, want, saved = one_rank(case)
-    for n, layout in enumerate(layouts(world, groups.get("model", MODEL))):
-        cfg = config(small_corpus, tmp_path / str(n), layout=layout, **groups)
-        got = ranks(world).run(curve, cfg)
-        assert all(g == got[0] for g in got), "ranks agree"
-        close(got[0], want)
-        for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
-            assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps under {layout}"
+    cfg = config(small_corpus, tmp_path / "run", layout=layout, **groups)
+    got = ranks(world).run(curve, cfg)
+    assert all(g == got[0] for g in got), "ranks agree"
+    close(got[0], want)
+    for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
+        assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps"
 
 
 @config_node
@@ -161,17 +169,20 @@ class Permuted(PlacementPolicy):
         return Placement(row_RS.repeat(edp, 1), owner_E, span=ep)
 
 
-@pytest.mark.parametrize(("world", "case"), [(2, "dropless"), (4, "capacity")])
-def test_a_permuted_uneven_owner_map_is_the_same_run(ranks, small_corpus, one_rank, tmp_path, world, case) -> None:
+OWNED = drawn(trials({2: ["dropless"], 4: ["capacity"]}), 2, of="owner maps")
+
+
+@pytest.mark.parametrize(("world", "case", "layout"), OWNED, ids=str)
+def test_a_permuted_uneven_owner_map_is_the_same_run(
+    ranks, small_corpus, one_rank, tmp_path, world, case, layout
+) -> None:
     groups, want, saved = one_rank(case)
-    for n, layout in enumerate(layouts(world, groups.get("model", MODEL))):
-        cfg = config(small_corpus, tmp_path / str(n), layout=layout, **groups)
-        moe = replace(cfg.model.moe, placement=Permuted())
-        cfg = replace(cfg, model=replace(cfg.model, moe=moe))
-        got = ranks(world).run(curve, cfg)
-        close(got[0], want)
-        for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
-            assert error(tensor, saved[name]) < 1e-9, name
+    cfg = config(small_corpus, tmp_path / "run", layout=layout, **groups)
+    cfg = replace(cfg, model=replace(cfg.model, moe=replace(cfg.model.moe, placement=Permuted())))
+    got = ranks(world).run(curve, cfg)
+    close(got[0], want)
+    for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
+        assert error(tensor, saved[name]) < 1e-9, name
 
 
 def test_float32_losses_agree_to_1e_5(ranks, small_corpus, tmp_path) -> None:
@@ -183,7 +194,10 @@ def test_float32_losses_agree_to_1e_5(ranks, small_corpus, tmp_path) -> None:
         torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"dp": 1, "tp": 2}, {"dp": 1, "cp": 2}], ids=str)
+RESUMED = [{}, {"ep": 2}, {"dp": 1, "tp": 2}, {"dp": 1, "cp": 2}]
+
+
+@pytest.mark.parametrize("layout", drawn(RESUMED, 2, of="resume"), ids=str)
 def test_resume_is_bit_exact_in_float32(ranks, small_corpus, tmp_path, layout) -> None:
     pool = ranks(1 if not layout else 2)
     float32 = TRAIN | {"dtype": "float32", "steps": 4}

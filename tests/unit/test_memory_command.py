@@ -9,7 +9,7 @@ from moetrain.cli.main import main
 from moetrain.memory.ledger import Kind
 
 BIG = [
-    "model=mixtral_8x22b", "model.num_layers=7", "layout.tp=4", "layout.ep=8", "memory.world=1024",
+    "model=mixtral_8x22b", "model.num_layers=3", "layout.tp=4", "layout.ep=8", "memory.world=1024",
     "train.dtype=bfloat16", "train.seq_len=4096", "train.micro_batch=1", "train.batch=1024",
 ]  # fmt: skip
 
