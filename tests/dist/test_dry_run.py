@@ -70,7 +70,7 @@ def apart(fn, *args, **kwargs):
         return pool.apply(fn, args, kwargs)
 
 
-@pytest.mark.parametrize("case", drawn(CASES, 4, of="dry runs"))
+@pytest.mark.parametrize("case", drawn(CASES, 3, of="dry runs"))
 def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
     world, layout, groups = CASES[case]
     train = LONG | {"batch": (2 if layout.get("pp", 1) == 1 else 8) * 2 * layout.get("dp", 1)}
@@ -110,7 +110,7 @@ def without_repeats(cfg: Config, **known) -> Estimate:
     return estimate(cfg, **known)
 
 
-@pytest.mark.parametrize("case", drawn(REPEATED, 2, of="repeats"))
+@pytest.mark.parametrize("case", drawn(REPEATED, 1, of="repeats"))
 def test_micro_batches_that_are_not_run_again_change_nothing(small_corpus, tmp_path, case) -> None:
     schedule, at, gpu, groups = REPEATED[case]
     groups = groups | {"model": BIG | {"num_layers": 8} | groups.get("model", {})}

@@ -1,9 +1,11 @@
 """Bytes of a rank: between steps what the layout promises, at the peak of a step no more than two FSDP units on top."""
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
+from drawn import drawn
 from test_train import MODEL, TRAIN, config, trainer
 
 from moetrain.job import Config
@@ -60,15 +62,20 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
-def test_resident_and_peak(ranks, small_corpus, tmp_path: Path, activations, world) -> None:
-    for layout in LAYOUTS[world]:
-        for accumulate in ("sharded", "local"):
-            sharding = {"accumulate": accumulate}
-            train = TINY | {"batch": 2 * layout.get("dp", 1)}
-            cfg = config(small_corpus, tmp_path, model=BIG, train=train, layout=layout, sharding=sharding)
-            for got in ranks(world).run(measure, cfg):
-                words = f"{layout} {accumulate} {got} activations {activations}"
-                assert got["resident"] == pytest.approx(got["promised"], rel=0.05), words
-                unsharded = got["all units"] if accumulate == "local" else 0
-                assert got["peak"] <= got["grads"] + got["two units"] + unsharded + activations, words
+PLACES = [(world, layout) for world, several in LAYOUTS.items() for layout in several]
+
+
+@pytest.mark.parametrize(
+    ("place", "accumulate"), drawn(itertools.product(PLACES, ["sharded", "local"]), 4, of="memory"), ids=str
+)
+def test_resident_and_peak(ranks, small_corpus, tmp_path: Path, activations, place, accumulate) -> None:
+    world, layout = place
+    train = TINY | {"batch": 2 * layout.get("dp", 1)}
+    cfg = config(
+        small_corpus, tmp_path, model=BIG, train=train, layout=layout, sharding={"accumulate": accumulate}
+    )  # fmt: skip
+    for got in ranks(world).run(measure, cfg):
+        words = f"{got} activations {activations}"
+        assert got["resident"] == pytest.approx(got["promised"], rel=0.05), words
+        unsharded = got["all units"] if accumulate == "local" else 0
+        assert got["peak"] <= got["grads"] + got["two units"] + unsharded + activations, words

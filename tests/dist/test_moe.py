@@ -123,7 +123,7 @@ PLACES = [(world, *grid) for world, grids in GRIDS.items() for grid in grids]
 
 
 @pytest.mark.parametrize(
-    ("place", "router", "name"), drawn(itertools.product(PLACES, ROUTERS, DISPATCHERS), 30, of="dispatchers"), ids=str
+    ("place", "router", "name"), drawn(itertools.product(PLACES, ROUTERS, DISPATCHERS), 24, of="dispatchers"), ids=str
 )
 def test_every_dispatcher_ep_and_etp_equals_the_reference(ranks, place, router, name) -> None:
     world, ep, etp = place

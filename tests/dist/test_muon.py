@@ -39,7 +39,7 @@ def one_rank(small_corpus, tmp_path_factory):
     return truth
 
 
-TRIALS = drawn([(world, layout, case) for world, layout in LAYOUTS for case in CASES], 5, of="muon")
+TRIALS = drawn([(world, layout, case) for world, layout in LAYOUTS for case in CASES], 3, of="muon")
 
 
 @pytest.mark.parametrize(("world", "layout", "case"), TRIALS, ids=str)

@@ -30,7 +30,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", drawn(CASES, 5, of="pipelines"))
+@pytest.mark.parametrize("case", drawn(CASES, 4, of="pipelines"))
 def test_the_steps_are_those_of_one_rank(ranks, small_corpus, tmp_path, case) -> None:
     world, layout, pipeline, groups = CASES[case]
     groups = {"model": DEEP} | groups

@@ -153,7 +153,7 @@ def want(small_corpus, tmp_path_factory):
 
 
 PLACES = [(world, layout) for world, several in LAYOUTS.items() for layout in several]
-TRIALS = drawn(itertools.product(PLACES, list(CASES)[:2], RECOMPUTE, SHARDING), 6, of="recompute")
+TRIALS = drawn(itertools.product(PLACES, list(CASES)[:2], RECOMPUTE, SHARDING), 4, of="recompute")
 
 
 @pytest.mark.parametrize(("place", "name", "mode", "sharding"), TRIALS, ids=str)

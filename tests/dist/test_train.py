@@ -141,7 +141,7 @@ def trials(worlds: dict[int, Iterable[str]]) -> list[tuple[int, str, dict]]:
 
 
 ON_FOUR = ("dropless", "capacity", "document masks, ignored targets")
-EVERY = drawn(trials({2: CASES, 4: ON_FOUR}), 9, of="layouts")
+EVERY = drawn(trials({2: CASES, 4: ON_FOUR}), 7, of="layouts")
 
 
 @pytest.mark.parametrize(("world", "case", "layout"), EVERY, ids=str)

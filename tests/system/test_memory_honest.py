@@ -18,9 +18,9 @@ from moetrain.world import World
 
 torch.set_num_threads(1)
 cfg = load({
-    "model": {"vocab_size": 2048, "dim": 128, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4,
+    "model": {"vocab_size": 2048, "dim": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4,
               "moe": {"num_experts": 8, "hidden": 256}},
-    "train": {"batch": 8, "micro_batch": 4, "seq_len": 1024, "device": "cpu"},
+    "train": {"batch": 4, "micro_batch": 2, "seq_len": 1024, "device": "cpu"},
 }, Config)
 status = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 trainer = Trainer(cfg, World(0, 1, 0, 1, torch.device("cpu"), ""), Data({}, Blank(cfg), {}))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import drawn
 
 import moetrain.data
 from moetrain.config import UserError
@@ -122,7 +123,7 @@ tokenize(sys.argv[1:-1], output=Path(sys.argv[-1]), vocab_size=300, valid_fracti
 """
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+@pytest.mark.parametrize("name", drawn(["a.jsonl", "a.jsonl.gz", "a.txt"], 1, of="kills"))
 def test_kill_9_then_resume_is_byte_identical(tmp_path, name):
     rows = texts(6000)
     inputs = [tmp_path / name, tmp_path / "small.jsonl"]
