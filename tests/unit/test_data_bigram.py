@@ -1,10 +1,10 @@
 """The Kneser-Ney bigram: a distribution in every context, right by hand, and better than the unigram."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
+from calls import count
 
 from moetrain.data.bigram import Bigram
 
@@ -66,8 +66,6 @@ def test_ignored_targets_are_left_out():
     assert model.loss(tokens[:9].reshape(3, 3), tokens[1:10].reshape(3, 3)) > 0
 
 
-def test_fits_millions_of_tokens_in_seconds():
-    tokens = np.random.default_rng(0).zipf(1.3, 3_000_000) % 4096
-    start = time.perf_counter()
-    Bigram(tokens.astype(np.uint16), vocab_size=4096)
-    assert time.perf_counter() - start < 10
+def test_no_loop_over_tokens():
+    tokens = (np.random.default_rng(0).zipf(1.3, 1_000_000) % 4096).astype(np.uint16)
+    assert count(lambda: Bigram(tokens, vocab_size=4096)) < 1000

