@@ -293,6 +293,19 @@ def test_every_cut_of_a_batch_chooses_alike(tmp_path, name, keys) -> None:
         assert torch.equal(got.weights_TK, want.weights_TK.unflatten(0, (B, S))[b])
 
 
+def test_twins_are_a_tie_for_an_expert_however_they_were_rounded() -> None:
+    router = OPTIONS["router"]["expert_choice"](top_k=1)
+    x_BSE = logits()
+    x_BSE[:, 1::2] = x_BSE[:, :-1:2]  # of each pair the earlier one comes first
+    noise = torch.rand(B, S, E, generator=torch.Generator().manual_seed(3)).double()
+    chosen = [
+        router(x.flatten(0, 1), torch.zeros(E).double(), ctx=context(), layer=0).ids_TK
+        for x in (x_BSE, x_BSE + 1e-14 * noise, x_BSE - 1e-14 * noise)
+    ]
+    assert torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[2])
+
+
 def test_noise_differs_between_steps_layers_samples_and_positions() -> None:
     router = OPTIONS["router"]["noisy_topk"](top_k=2)
     x_TE, bias_E = torch.zeros(B * S, E), torch.zeros(E)

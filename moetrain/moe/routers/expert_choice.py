@@ -14,6 +14,10 @@ from moetrain.config import UserError, config
 from moetrain.moe import sequences
 from moetrain.moe.types import Context, Router, Routing
 
+_STEPS = 1 << 16
+"""Of a score's logarithm: what falls into one is a tie. Twins, as the equal first tokens of two documents, score alike
+but for rounding, which is another under every layout."""
+
 
 @config(group="router", name="expert_choice")
 class ExpertChoice(Router):
@@ -41,11 +45,11 @@ class ExpertChoice(Router):
     def __call__(
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
     ) -> Routing:
-        """(T, E) -> ids (T, E): e or -1. Ties go to the earlier position. A bias would not change an expert's order."""
+        """(T, E) -> ids (T, E): e or -1. Ties go to the earlier position; a bias changes no order of tokens."""
         E, scores_TE = logits_TE.shape[1], self.scores(logits_TE)
         scores_BPE, real_BP = sequences.whole(scores_TE, ctx=ctx, group=group)
-        scores_BPE = scores_BPE.masked_fill(~real_BP[:, :, None], -torch.inf)
-        order_BPE = scores_BPE.sort(dim=1, descending=True, stable=True).indices
+        steps_BPE = (scores_BPE.log() * _STEPS).round().masked_fill(~real_BP[:, :, None], -torch.inf)
+        order_BPE = steps_BPE.sort(dim=1, descending=True, stable=True).indices
         rank_P = torch.arange(order_BPE.shape[1], device=order_BPE.device)
         place_BPE = torch.empty_like(order_BPE).scatter_(1, order_BPE, rank_P[None, :, None].expand_as(order_BPE))
         if ctx.mask_BS is None:
