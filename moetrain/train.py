@@ -162,7 +162,7 @@ class Trainer:
             load_LE[every.index(layer.layer)] = layer.load_ME.sum(0)
         comm.all_reduce_(load_LE, group=self.all_ranks)
         for layer in layers:
-            layer.end_step(load_LE[every.index(layer.layer)])
+            layer.end_step(load_LE[every.index(layer.layer)], step=self.steps)
         dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
         balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
         return StepResult(loss, norm, load_LE, dropped, balance_J)

@@ -65,3 +65,32 @@ def sequence(logits_BSE: Tensor, *, top_k: int) -> Tensor:
 
 def z_loss(logits_BSE: Tensor, *, top_k: int) -> Tensor:
     return sum(row.exp().sum().log() ** 2 for row in logits_BSE.flatten(0, 1))  # pyright: ignore
+
+
+def device(logits_BSE: Tensor, *, top_k: int, num_groups: int = 2) -> Tensor:
+    """sum over groups of (mean of their experts' f_e) * (sum of their experts' P), f_e = E * share of assignments."""
+    P_TE = logits_BSE.flatten(0, 1).softmax(-1)
+    (T, E), total = P_TE.shape, torch.zeros((), dtype=P_TE.dtype)
+    f = [0.0] * E
+    for P_E in P_TE:
+        for e in chosen(P_E, top_k):
+            f[e] += E / (top_k * T)
+    for g in range(num_groups):
+        group = range(g * E // num_groups, (g + 1) * E // num_groups)
+        total = total + sum(f[e] for e in group) / len(group) * sum(P_TE[t, e] for t in range(T) for e in group)
+    return total
+
+
+def communication(logits_BSE: Tensor, *, top_k: int, num_groups: int = 2, max_groups: int = 1) -> Tensor:
+    """sum over groups of D / (M * T) * (tokens that go there) * (sum of their experts' P)."""
+    P_TE = logits_BSE.flatten(0, 1).softmax(-1)
+    (T, E), total = P_TE.shape, torch.zeros((), dtype=P_TE.dtype)
+    for g in range(num_groups):
+        group = range(g * E // num_groups, (g + 1) * E // num_groups)
+        sent = sum(any(e in group for e in chosen(P_E, top_k)) for P_E in P_TE)
+        total = total + num_groups / (max_groups * T) * sent * sum(P_TE[t, e] for t in range(T) for e in group)
+    return total
+
+
+def entropy(logits_BSE: Tensor, *, top_k: int) -> Tensor:
+    return -sum(p * p.log() for p in logits_BSE.softmax(-1).flatten())  # pyright: ignore

@@ -29,7 +29,7 @@ def size(cfg: ModelConfig) -> Size:
     shared = (3 * D * moe.shared_hidden + (D if moe.shared_gate else 0)) if moe.shared_hidden else 0
     num_moe = len(cfg.moe_layers)
     num_dense = cfg.num_layers - num_moe
-    gate = D * moe.num_experts
+    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
     common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * (gate + shared)
     small = cfg.num_layers * (norms + bias) + D
     head = cfg.vocab_size * D
@@ -58,7 +58,8 @@ def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
     D, H = cfg.dim, cfg.width_of_heads
     attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
     moe = cfg.moe
-    routed = 2 * (D * moe.num_experts + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
+    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
+    routed = 2 * (gate + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
     costs: dict[int | str, float] = {
         i: attention + (routed if cfg.is_moe(i) else 6 * D * cfg.dense_hidden) for i in range(cfg.num_layers)
     }

@@ -37,6 +37,11 @@ class MoEConfig:
         """The balance terms that add a loss."""
         return {name: term for name, term in self.balance.items() if type(term).loss is not Balance.loss}
 
+    def check(self) -> None:
+        """Raise ``UserError`` for a router or a balance term that cannot work with these experts."""
+        for part in (self.router, *self.balance.values()):
+            part.check(num_experts=self.num_experts)
+
     def __post_init__(self) -> None:
         if self.router.top_k > self.num_experts:
             raise UserError(
@@ -114,17 +119,17 @@ class MoE(nn.Module):
         self.losses_MJ = torch.zeros(micro_batches, len(self.terms), dtype=self.bias_E.dtype, device=device)
 
     @torch.no_grad()
-    def end_step(self, load_E: Tensor) -> None:
-        """Between steps, given the step's global load (E,) int64: move the bias, plan the next placement."""
+    def end_step(self, load_E: Tensor, *, step: int) -> None:
+        """After ``step``, given its global load (E,) int64: move the bias, plan the next placement."""
         for term in self.cfg.balance.values():
-            self.bias_E.copy_(term.bias(self.bias_E, load_E))
+            self.bias_E.copy_(term.bias(self.bias_E, load_E, step=step))
 
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
         router, chosen = self.cfg.router, ctx.chosen
         if chosen is not None and self.layer in chosen:
             return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
-        routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer)
+        routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)
         if chosen is not None:
             chosen[self.layer] = routing.ids_TK.int()
         return routing, False

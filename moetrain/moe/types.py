@@ -156,6 +156,11 @@ class GateConfig(ABC):
     def build(self, *, dim: int, num_experts: int) -> nn.Module:
         """A module whose forward is (x_TD, carry) -> (logits_TE in promote_types(x.dtype, float32), carry)."""
 
+    def num_parameters(self, *, dim: int, num_experts: int) -> int:
+        """Of one layer's gate."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build(dim=dim, num_experts=num_experts).parameters())
+
 
 @config
 class Router(ABC):
@@ -167,8 +172,15 @@ class Router(ABC):
         if self.top_k < 1:
             raise UserError(f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
 
+    def check(self, *, num_experts: int) -> None:
+        """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
+        return None
+
     @abstractmethod
-    def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing: ...
+    def __call__(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Routing:
+        """(T, E), (E,) -> Routing. ``group``: the ranks that hold the other positions of these sequences."""
 
     @abstractmethod
     def scores(self, logits_TE: Tensor) -> Tensor:
@@ -185,12 +197,16 @@ class Balance:
 
     coef: float = 0.0
 
+    def check(self, *, num_experts: int) -> None:
+        """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
+        return None
+
     def loss(self, routing: Routing, tokens: Tokens) -> Tensor | None:
         """() a sum over this rank's tokens, without ``coef`` and without a divisor; ``None`` adds no loss."""
         return None
 
-    def bias(self, bias_E: Tensor, load_E: Tensor) -> Tensor:
-        """(E,), (E,) int64 global assignment counts of the finished step -> (E,)."""
+    def bias(self, bias_E: Tensor, load_E: Tensor, *, step: int = 0) -> Tensor:
+        """(E,), (E,) int64 global assignment counts of the finished step, which is number ``step`` -> (E,)."""
         return bias_E
 
 

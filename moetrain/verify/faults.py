@@ -240,7 +240,7 @@ def local_divisor() -> Swaps:
 )
 def bias_from_local_load() -> Swaps:
     right = layer.MoE.end_step
-    return [(layer.MoE, "end_step", lambda self, load_E: right(self, self.load_ME.sum(0)))]
+    return [(layer.MoE, "end_step", lambda self, load_E, *, step: right(self, self.load_ME.sum(0), step=step))]
 
 
 @_fault("the parts of an expert's result are averaged", _if("etp > 1", lambda cfg, n: n.etp > 1))

@@ -15,6 +15,7 @@ from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
 from moetrain.layouts import divisors
+from moetrain.moe.layer import MoEConfig
 from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
@@ -230,7 +231,17 @@ def _layers(n: Numbers) -> Iterator[_Changes]:
 
 def _experts(n: Numbers) -> Iterator[_Changes]:
     for experts in range(n.ep, 16 * n.ep + 1, n.ep):
-        yield from _each(num_experts=[experts], top_k=range(1, min(experts, 8) + 1))
+        taken = [k for k in range(1, min(experts, 8) + 1) if _takes(n.moe_cfg, num_experts=experts, top_k=k)]
+        yield from _each(num_experts=[experts], top_k=taken)
+
+
+def _takes(moe: MoEConfig, *, num_experts: int, top_k: int) -> bool:
+    """Whether its router and balance terms can work with so many."""
+    try:
+        configs.replace(moe, num_experts=num_experts, router=configs.replace(moe.router, top_k=top_k)).check()
+    except UserError:
+        return False
+    return True
 
 
 def _batch(n: Numbers) -> Iterator[_Changes]:

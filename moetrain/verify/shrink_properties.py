@@ -9,6 +9,7 @@ from functools import cached_property
 
 from moetrain import layouts
 from moetrain.job import Config
+from moetrain.moe.layer import MoEConfig
 from moetrain.parallel.context import Method
 from moetrain.parallel.schedules import PipelineConfig
 
@@ -43,6 +44,7 @@ class Numbers:
     accumulation: int  # micro-batches of a data-parallel rank in a step
     ulysses: bool
     pipeline: PipelineConfig  # that of the config: schedules do not shrink
+    moe_cfg: MoEConfig  # likewise: its router and balance terms say which numbers of experts they take
 
     @classmethod
     def of(cls, cfg: Config) -> "Numbers":
@@ -55,7 +57,7 @@ class Numbers:
             dense_hidden=m.dense_hidden, shared_hidden=m.moe.shared_hidden,
             vocab_size=m.vocab_size, pad_vocab_to=m.pad_vocab_to, seq_len=t.seq_len, micro_batch=t.micro_batch,
             accumulation=max(1, t.batch // (n.dp * t.micro_batch)), ulysses=cfg.context.method is Method.ulysses,
-            pipeline=cfg.pipeline,
+            pipeline=cfg.pipeline, moe_cfg=m.moe,
         )  # fmt: skip
 
     @property

@@ -409,3 +409,18 @@ def test_layers_to_recompute_stay_layers_of_the_model() -> None:
     assert small.model.num_layers < 48
     assert small.recompute.layers == [first - 1, *small.model.moe_layers]
     recompute.check(small.recompute, small.model)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["router=group_limited", "model.moe.router.num_groups=8", "model.moe.router.max_groups=3"],
+        ["router=topk", "balance=[device]", "model.moe.balance.device.num_groups=16"],
+    ],
+    ids=str,
+)
+def test_as_many_experts_stay_as_the_router_and_the_balance_terms_take(words) -> None:
+    cfg = compose(["model=deepseek_moe_16b", "layout.dp=8", "layout.ep=8", "train.batch=64", *words])
+    shrunk = shrink(cfg, world=8).cfg
+    shrunk.model.moe.check()
+    assert shrunk.model.moe.num_experts < 64

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
 from moetrain.moe.routers.topk import TopK
@@ -19,7 +20,9 @@ class Replay(TopK):
 
     path: str = ""
 
-    def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
+    def __call__(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Routing:
         """(T, E) -> Routing with the recorded ids of (step, layer, sample); raises ``UserError`` where none is."""
         table, first, steps = _read(self.path, _changed(self.path))
         if f"{ctx.step}.{layer}" not in table:

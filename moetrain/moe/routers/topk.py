@@ -4,6 +4,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
 from moetrain.moe.types import Context, Router, Routing
@@ -30,7 +31,9 @@ class TopK(Router):
                 "learn nothing from the loss; set model.moe.router.renormalize=false"
             )
 
-    def __call__(self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int) -> Routing:
+    def __call__(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Routing:
         """(T, E), (E,) -> K experts per token. The bias steers the choice, never the mixing weight."""
         scores_TE = self.scores(logits_TE)
         return self.weigh(logits_TE, scores_TE, top_k(scores_TE + bias_E, self.top_k))
