@@ -22,6 +22,7 @@ from moetrain.parallel.pipeline import check_enough
 from moetrain.parallel.plan import whole
 from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
+from moetrain.telemetry.health import HealthConfig
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.world import Communication, Device
 
@@ -106,6 +107,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 def batch_at(cfg: TrainConfig, consumed: int) -> int:

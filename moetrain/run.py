@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import time
 import traceback
 from typing import Any
@@ -15,8 +16,10 @@ from moetrain.config import UserError
 from moetrain.evaluate import Score, bigram_score
 from moetrain.job import Config, checkpoints, find_resume, open_data
 from moetrain.model.flops import flops_per_token, size
+from moetrain.telemetry.alerts import Action, Alerts
 from moetrain.telemetry.hardware import peak_flops
-from moetrain.telemetry.load_picture import draw
+from moetrain.telemetry.health import Health, Reading
+from moetrain.telemetry.load_picture import draw, heat_map
 from moetrain.telemetry.sinks import Bar, Metrics, close_log, open_log
 from moetrain.train import StepResult, Trainer
 from moetrain.world import World
@@ -26,8 +29,15 @@ class FailedError(RuntimeError):
     """A rank failed; its log file has the traceback."""
 
 
+class StoppedError(Exception):
+    """An alert ended the run, which has saved a checkpoint and can be continued."""
+
+
 def run(cfg: Config, world: World) -> None:
-    """Collective: every rank calls it. Raises ``UserError`` for what the user can mend, else ``FailedError``."""
+    """Collective: every rank calls it.
+
+    Raises ``UserError`` for what the user can mend, ``StoppedError`` where an alert ends the run, else ``FailedError``.
+    """
     folder = cfg.run.folder
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +46,7 @@ def run(cfg: Config, world: World) -> None:
     log = open_log(folder, rank=world.rank, quiet=not world.main)
     try:
         _run(cfg, world, log)
-    except UserError as e:
+    except (UserError, StoppedError) as e:
         _to_file(log, str(e))
         raise
     except Exception as e:
@@ -71,14 +81,17 @@ def _run(cfg: Config, world: World, log: logging.Logger) -> None:
         last = min(last, trainer.steps + cfg.train.exit_after)
     loop = _Loop(trainer, log)
     try:
-        while trainer.steps < last:
+        while trainer.steps < last and loop.stopped_by is None:
             loop.step()
             if _due(trainer.steps, cfg.train.validate_every) and trainer.steps < cfg.train.steps:
                 loop.validate()
-            if _due(trainer.steps, cfg.checkpoint.every) or trainer.steps == last:
+            if _due(trainer.steps, cfg.checkpoint.every) or trainer.steps == last or loop.stopped_by:
                 loop.save()
+        loop.draw()
         if trainer.steps >= cfg.train.steps:
             loop.finish()
+        elif loop.stopped_by:
+            raise StoppedError(f"stopped and saved at step {trainer.steps}: {loop.stopped_by}")
         else:
             log.info(
                 f"left at step {trainer.steps} of {cfg.train.steps} (train.exit_after); the same command continues"
@@ -101,31 +114,38 @@ class _Loop:
         self.flops = flops_per_token(cfg.model, seq_len=cfg.train.seq_len)
         self.peak = peak_flops(trainer.world.device, trainer.dtype)
         self.terms = list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
+        moe_layers = cfg.model.moe_layers if cfg.health.enabled else []
+        self.health = (
+            Health(cfg.health, layers=moe_layers, moe=cfg.model.moe, mesh=trainer.mesh) if moe_layers else None
+        )
+        self.alerts = Alerts(cfg.health.alerts)
+        self.stopped_by: str | None = None  # the alert that ends the run
         self.last: StepResult | None = None
         self.since, self.tokens = time.perf_counter(), 0
 
     def step(self) -> None:
         trainer = self.trainer
         lr = self.cfg.optim.lr_at(trainer.steps, steps=self.cfg.train.steps)
-        before = trainer.consumed
-        result = trainer.step()
+        before, step = trainer.consumed, trainer.steps + 1
+        logged = _due(step, self.cfg.logging.every) or step in (1, self.cfg.train.steps)
+        result = trainer.step(watch=logged and self.health is not None)
+        if self.health:
+            self.health.smooth(result.load_LE)
         tokens = (trainer.consumed - before) * self.cfg.train.seq_len
         self.tokens += tokens
         record = {"step": trainer.steps, "consumed": trainer.consumed, "tokens": tokens, "lr": lr}
         self.pending.append((record, result))
-        if _due(trainer.steps, self.cfg.logging.every) or trainer.steps in (1, self.cfg.train.steps):
-            self.flush()
+        if logged:
+            self.flush(self.health)
 
-    def flush(self) -> None:
-        """Bring the pending steps' numbers to the host, check them, write them."""
+    def flush(self, health: Health | None = None) -> None:
+        """Bring the pending steps' numbers to the host, check them, write them; the ``health`` of the last, if watched.
+
+        One all-reduce of all that ranks know parts of, then one copy to the host.
+        """
         if not self.pending:
             return
-        results = [result for _, result in self.pending]
-        columns = [torch.stack([r.loss.double() for r in results])[:, None]]
-        columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
-        columns += [torch.stack([r.balance_J.double() for r in results])]
-        summed = comm.all_reduce_(torch.cat(columns, dim=1), group=self.trainer.all_ranks).tolist()
-        norms = torch.stack([r.norm for r in results]).tolist()
+        summed, norms, reading = self._fetch([result for _, result in self.pending], health)
         seconds = time.perf_counter() - self.since
         records = []
         for (record, _), (loss, dropped, *balance), norm in zip(self.pending, summed, norms, strict=True):
@@ -139,16 +159,10 @@ class _Loop:
         }
         if self.peak:
             records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
-        loads = self._loads(results[-1])
-        if loads:
-            records[-1]["max_violation"] = [round(max(x) * len(x) / max(1, sum(x)) - 1, 4) for _, x in loads]
+        if reading:
+            records[-1]["health"] = reading.record()
         last = records[-1]
-        for record in records:
-            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-                raise RuntimeError(
-                    f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: not finite; "
-                    f"nothing was saved since the last checkpoint"
-                )
+        self._check_finite(records, reading)
         if self.metrics:
             self.metrics.write(records)
         mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
@@ -157,8 +171,54 @@ class _Loop:
             f"step {last['step']}/{self.cfg.train.steps}: {words}, grad norm {norms[-1]:.3f}, lr {last['lr']:.2e}"
         )
         self.bar.update(last["step"], words)
-        self.last = results[-1]
+        if reading:
+            self._alert(last["step"], reading)
+        self.last = self.pending[-1][1]
         self.pending, self.tokens, self.since = [], 0, time.perf_counter()
+
+    def _fetch(
+        self, results: list[StepResult], health: Health | None
+    ) -> tuple[list[list[float]], list[float], Reading | None]:
+        """Each step's (loss, dropped, balance losses) summed over ranks, the gradient norms, the last step's health."""
+        columns = [torch.stack([r.loss.double() for r in results])[:, None]]
+        columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
+        columns += [torch.stack([r.balance_J.double() for r in results])]
+        summed = torch.cat(columns, dim=1)
+        parts = [summed.flatten(), *([health.part(self.trainer.model.moe_layers())] if health else [])]
+        flat = comm.all_reduce_(torch.cat(parts), group=self.trainer.all_ranks)
+        told = [flat[: summed.numel()], torch.stack([r.norm.double() for r in results])]
+        if health:
+            told.append(health.brief(flat[summed.numel() :], results[-1].load_LE).flatten())
+        numbers = torch.cat(told).tolist()
+        n, width = summed.shape
+        rows, rest = _rows(numbers[: n * width], width), numbers[n * width :]
+        return rows, rest[:n], health.read(_rows(rest[n:], health.columns)) if health else None
+
+    def _check_finite(self, records: list[dict[str, Any]], reading: Reading | None) -> None:
+        """The first step with a loss or norm that is not finite ends the run; so do such logits in the last one."""
+        logits, last = reading.not_finite if reading else None, records[-1]
+        for record in records:
+            finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+            if finite and not (logits and record is last):
+                continue
+            later = f" in step {last['step']}" if record is not last else ""
+            raise RuntimeError(
+                f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}"
+                f"{f', {logits}{later}' if logits else ''}: not finite; nothing was saved since the last checkpoint"
+            )
+
+    def _alert(self, step: int, reading: Reading) -> None:
+        for fired in self.alerts.look(reading.layers):
+            if fired.action is Action.stop and step < self.cfg.train.steps:
+                self.stopped_by = self.stopped_by or fired.line
+            else:
+                self.log.warning(f"step {step}: warning: {fired.line}")
+
+    def draw(self) -> None:
+        """On a terminal, a picture of the load of late: layers x experts."""
+        if self.main and self.health and self.last and self.cfg.logging.heat_map and sys.stdout.isatty():
+            self.bar.close()
+            print("\n".join(heat_map(self.health.smooth_LE.tolist(), self.cfg.model.moe_layers)), flush=True)
 
     def validate(self) -> dict[str, Score]:
         self.flush()
@@ -228,6 +288,10 @@ class _Loop:
         lines.append(f"  checkpoints, metrics.jsonl, config.yaml and logs/ are in {self.cfg.run.folder}")
         (self.cfg.run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         return lines
+
+
+def _rows(numbers: list[float], width: int) -> list[list[float]]:
+    return [numbers[i : i + width] for i in range(0, len(numbers), width)]
 
 
 def _due(step: int, every: int) -> bool:

@@ -77,8 +77,11 @@ class Trainer:
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
 
-    def step(self, *, seen: Seen | None = None) -> StepResult:
-        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again."""
+    def step(self, *, seen: Seen | None = None, watch: bool = False) -> StepResult:
+        """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
+
+        ``watch``: the MoE layers note what router health is made of (``telemetry/health.py``), until the next step.
+        """
         t, dp = self.cfg.train, self.mesh.layout.dp
         batch = batch_at(t, self.consumed)
         share = batch // dp
@@ -86,7 +89,7 @@ class Trainer:
         targets = max(1, self.data.loader.num_targets(self.consumed, batch))  # none: the balance losses still count
         micro_batches = share // t.micro_batch
         for layer in self.model.moe_layers():
-            layer.begin_step(micro_batches)
+            layer.begin_step(micro_batches, watch=watch, pairs=watch and self.cfg.health.pairs)
         if seen is not None:
             seen.ids, seen.scores = ([{} for _ in range(micro_batches)] for _ in range(2))
             seen.positions_S = self.part.position_S

@@ -12,11 +12,14 @@ COMMANDS = {
     "verify": "prove that a layout is the same run as one rank",
     "memory": "foretell the bytes of a rank, for any layout, without a GPU",
     "layout": "print who sits where in a layout, list the legal ones",
+    "report": "make a page of a run's loss, balance and drops",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend."""
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend, 3 stopped
+    by an alert.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"moetrain {__version__}")

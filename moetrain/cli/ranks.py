@@ -5,11 +5,15 @@ import os
 import sys
 from pathlib import Path
 
+from moetrain import comm
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config, check, preflight
-from moetrain.run import FailedError, run
-from moetrain.world import die_with, join, leave
+from moetrain.run import FailedError, StoppedError, run
+from moetrain.world import World, die_with, join, leave
+
+STOPPED = 3
+"""The exit code of a run that an alert ended."""
 
 
 def be_rank(cfg: Config, *, checked: bool) -> int:
@@ -24,7 +28,7 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
             if rank == 0:
                 preflight(cfg, world=size, log=lambda line: print(line, flush=True))
         world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
-        run(cfg, world)
+        code = _run(cfg, world)
     except UserError as e:
         if rank == 0:
             print(f"error: {e}", file=sys.stderr, flush=True)
@@ -33,6 +37,17 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
         print(f"rank {rank}: {e}", file=sys.stderr, flush=True)
         return 1
     leave(world)
+    return code
+
+
+def _run(cfg: Config, world: World) -> int:
+    try:
+        run(cfg, world)
+    except StoppedError as e:
+        if world.main:
+            print(e, file=sys.stderr, flush=True)
+        comm.barrier(world.host_group)  # a rank that leaves first has the others ended
+        return STOPPED
     return 0
 
 
@@ -57,8 +72,8 @@ def start_ranks(folder: Path, *, ranks: int) -> int:
         elastic_launch(launch, sys.executable)("-m", "moetrain.cli.ranks", str(folder / "config.yaml"))
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
-        if failure.exitcode == 2:
-            return 2
+        if failure.exitcode in (2, STOPPED):
+            return failure.exitcode
         what = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         print(f"rank {rank} failed ({what}): see {folder}/logs/rank-{rank}.log", file=sys.stderr)
         return 1

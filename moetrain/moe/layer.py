@@ -15,6 +15,7 @@ from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.placement.static import Static
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import Balance, Carry, Context, Dispatcher, GateConfig, PlacementPolicy, Router, Routing, Tokens
+from moetrain.moe.watch import Watch
 
 
 @config
@@ -60,6 +61,7 @@ class MoE(nn.Module):
     load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
     losses_MJ: Tensor  # (micro-batches, balance terms) unscaled token sums, likewise
     dropped_ME: Tensor  # (micro-batches, E) int64 assignments dropped on this rank, likewise
+    watch: Watch | None  # what else the step notes, for telemetry; None in most steps
 
     def __init__(self, cfg: MoEConfig, *, dim: int, layer: int) -> None:
         super().__init__()
@@ -108,15 +110,18 @@ class MoE(nn.Module):
             self.load_ME[m] = routing.load_E
             if rows.dropped_E is not None:
                 self.dropped_ME[m] = rows.dropped_E
+            if self.watch is not None:
+                self.watch.note(m, routing, mask_T, again=again)
             y_TD = self._balance(y_TD, routing, tokens, ctx)
         return y_TD.view_as(x_BSD), carry
 
-    def begin_step(self, micro_batches: int) -> None:
-        """Room for the counts of a step's micro-batches."""
+    def begin_step(self, micro_batches: int, *, watch: bool = False, pairs: bool = False) -> None:
+        """Room for the counts of a step's micro-batches; to ``watch`` and count its ``pairs`` takes some more."""
         device, E = self.bias_E.device, self.cfg.num_experts
         self.load_ME = torch.zeros(micro_batches, E, dtype=torch.int64, device=device)
         self.dropped_ME = torch.zeros_like(self.load_ME)
         self.losses_MJ = torch.zeros(micro_batches, len(self.terms), dtype=self.bias_E.dtype, device=device)
+        self.watch = Watch.empty(micro_batches, num_experts=E, pairs=pairs, like=self.bias_E) if watch else None
 
     @torch.no_grad()
     def end_step(self, load_E: Tensor, *, step: int) -> None:

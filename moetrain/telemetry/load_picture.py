@@ -17,6 +17,37 @@ def draw(load_LE: list[tuple[int, list[int]]]) -> list[str]:
     return lines
 
 
+SHADES = ((0.05, " "), (0.5, "░"), (1.5, "▒"), (2.5, "▓"))
+"""(load / mean load below which a cell has it, shade); above all of them it is full."""
+
+
+def heat_map(load_LE: list[list[float]], layers: list[int], *, columns: int = 100, lines: int = 20) -> list[str]:
+    """Load per layer and expert in any unit -> at most ``lines`` lines of at most ``columns`` characters.
+
+    A cell that stands for several layers or experts shows the most loaded of them.
+    """
+    if not load_LE:
+        return []
+    E, down = len(load_LE[0]), -(-len(layers) // (lines - 2))
+    label = 8 + len(str(layers[-1])) * (2 if down > 1 else 1) + (down > 1)
+    right = -(-E // (columns - label - 3))
+    wide = max(1, min(3, (columns - label - 3) // -(-E // right)))
+    even_LE = [[x * E / (sum(load_E) or 1) for x in load_E] for load_E in load_LE]
+    cell = f", a cell: the most loaded of {down} x {right}" if down * right > 1 else ""
+    found = [f"  load of layers x {E} experts{cell}"]
+    for i in range(0, len(layers), down):
+        some = even_LE[i : i + down]
+        most = [max(x for row in some for x in row[e : e + right]) for e in range(0, E, right)]
+        last = layers[min(i + down, len(layers)) - 1]
+        name = f"{layers[i]}" if last == layers[i] else f"{layers[i]}-{last}"
+        found.append(f"  layer {name:>{label - 8}} {''.join(_shade(x) * wide for x in most)}")
+    return [*found, "  '░' below 0.5 of an even share, '▒' to 1.5, '▓' to 2.5, '█' above, ' ' below 0.05"]
+
+
+def _shade(even: float) -> str:
+    return next((shade for limit, shade in SHADES if even < limit), "█")
+
+
 def _merge(load_E: list[int], most: int) -> list[float]:
     run = -(-len(load_E) // most)
     parts = [load_E[i : i + run] for i in range(0, len(load_E), run)]

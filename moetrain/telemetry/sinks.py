@@ -17,6 +17,7 @@ from moetrain.config import config
 class LoggingConfig:
     every: int = 10  # steps between looks at the device (the only host syncs of a dense step)
     progress: bool = True  # a progress bar where the console is a terminal
+    heat_map: bool = True  # at the end a picture of layers x experts, likewise
 
 
 def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:

@@ -11,11 +11,21 @@ FLOORS = [
     {"model"},
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
     {"job", "evaluate", "train", "run"},
-    {"verify", "memory"},
+    {"verify", "memory", "report"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other
-OPTIONAL = {"wandb", "tensorboard", "pynvml", "transformer_engine", "megatron", "deepspeed", "pyarrow", "liger_kernel"}
+OPTIONAL = {
+    "wandb",
+    "tensorboard",
+    "pynvml",
+    "transformer_engine",
+    "megatron",
+    "deepspeed",
+    "pyarrow",
+    "matplotlib",
+    "liger_kernel",
+}
 
 
 def floor(room: str) -> int:
