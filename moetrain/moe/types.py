@@ -206,6 +206,10 @@ class PlacementPolicy(ABC):
 class Dispatcher(ABC):
     """Moves tokens to the slots that hold their experts, and the results back. State goes into the ticket."""
 
+    def check(self, *, ranks: int) -> None:
+        """Raise ``UserError`` for what it cannot do among ``ranks`` = ep * etp ranks, before any of them starts."""
+        return None
+
     @abstractmethod
     def dispatch(
         self,
