@@ -54,6 +54,9 @@ class Tokens:
     stretches: int = 1
     mask_T: Tensor | None = None  # bool, False = padding
     group: ProcessGroup | None = None  # the ranks that hold the other positions of these sequences
+    sample_B: Tensor | None = None  # (B,) int64 global sample ids
+    key: tuple[int, ...] = ()  # seed, step, layer: what random numbers for these tokens are drawn for
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,11 @@ class Dispatcher(ABC):
     def check(self, *, ranks: int) -> None:
         """Raise ``UserError`` for what it cannot do among ``ranks`` = ep * etp ranks, before any of them starts."""
         return None
+
+    @property
+    def depends_on_layout(self) -> str:
+        """What of it is not the same under every layout, in words for the user; "" = nothing."""
+        return ""
 
     @abstractmethod
     def dispatch(
