@@ -213,6 +213,10 @@ class Dispatcher(ABC):
         """Raise ``UserError`` for what it cannot do among ``ranks`` = ep * etp ranks, before any of them starts."""
         return None
 
+    def shrunk(self, *, was: int, ranks: int) -> "Dispatcher":
+        """What stands for it where a verification makes expert groups of ``ranks`` of those of ``was``."""
+        return self
+
     @property
     def depends_on_layout(self) -> str:
         """What of it is not the same under every layout, in words for the user; "" = nothing."""

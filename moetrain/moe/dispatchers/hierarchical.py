@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain import comm, world
-from moetrain.config import UserError, config
+from moetrain.config import UserError, config, replace
 from moetrain.layouts import divisors
 from moetrain.moe import rows
 from moetrain.moe.dispatchers.dropless import outgoing
@@ -68,6 +68,14 @@ class Hierarchical(Dispatcher):
                 f"model.moe.dispatcher.ranks_per_node={P} and layout.ep * layout.etp = {ranks}: one has to divide the "
                 f"other, so that groups of experts fill whole nodes; use one of {fits}, a multiple of {ranks}, or 0"
             )
+
+    def shrunk(self, *, was: int, ranks: int) -> "Hierarchical":
+        """In nodes of the fewest ranks; on one node what was on one."""
+        P = self.ranks_per_node
+        if P == 0 or was == ranks:
+            return self
+        fits = [d for d in divisors(ranks) if 1 < d < ranks]
+        return replace(self, ranks_per_node=ranks if was <= P else fits[0] if P > 1 and fits else 1)
 
     def dispatch(
         self,
