@@ -51,6 +51,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def ranks_here() -> int:
+    """How many ranks the launcher has started on this node; 0 where none has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+
+
 def pick_device(wanted: Device, *, local_rank: int = 0) -> torch.device:
     """The device of a rank; raises ``UserError`` if a GPU is asked for and torch sees none."""
     if wanted is Device.cuda and not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from moetrain.verify import faults
 from moetrain.verify import report as pages
 from moetrain.verify import shrink as shrinking
 from moetrain.verify.ranks import LocalRanks, Ranks, TheseRanks
-from moetrain.verify.session import ALONE, FailedError, Reference, Verdict, make_reference, verify
+from moetrain.verify.session import ALONE, FailedError, Reference, Verdict, check_comparable, make_reference, verify
 from moetrain.world import join, launched, wanted_ranks
 
 USAGE = """usage: moetrain verify [OPTION ...] [KEY=VALUE ...]
@@ -100,6 +100,7 @@ def _one(options: argparse.Namespace, words: list[str]) -> int:
             f"--against {options.against!r} is a layout of {against.world} ranks, the config's of {world}: give one of "
             f"{' or '.join(map(str, dict.fromkeys((1, world))))}"
         )
+    check_comparable(cfg, against=against)
     if not options.full:
         shrunk = shrinking.shrink(cfg, world=world)
         cfg = shrunk.cfg

@@ -32,7 +32,7 @@ from moetrain.memory.repeats import repeating
 from moetrain.model import attend
 from moetrain.model.attend import Visible
 from moetrain.model.transformer import Transformer
-from moetrain.moe.dispatchers import dropless
+from moetrain.moe import rows
 from moetrain.moe.types import Placement
 from moetrain.optim import muon
 from moetrain.optim.work import Piece
@@ -144,7 +144,7 @@ def _swaps(
             lambda deal: lambda held, shapes, **known: deal(_tiled(held[0], shapes, ranks=len(held)), shapes, **known),
         ),
         (train, "initialize", lambda _: lambda *args, **kwargs: None),
-        (dropless, "on_host", lambda _: partial(_counts, imbalance=imbalance)),
+        (rows, "counts_on_host", lambda _: partial(_counts, imbalance=imbalance)),
         (grouped, "ends_on_host", lambda _: _ends),
         (reference, "ends_on_host", lambda _: _ends),
         (Placement, "target_EJ", _really),
@@ -162,8 +162,9 @@ def _flash(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> 
     return torch.cat(pieces, dim=2)
 
 
-def _counts(send_R: Tensor, recv_R: Tensor, *, num_rows: int, imbalance: float) -> tuple[list[int], list[int]]:
-    return _even(num_rows, len(send_R)), _even(round(num_rows * imbalance), len(recv_R))
+def _counts(*counts: Tensor, num_rows: int, imbalance: float) -> list[list[int]]:
+    *on_the_way, arrived = map(len, counts)
+    return [*(_even(num_rows, n) for n in on_the_way), _even(round(num_rows * imbalance), arrived)]
 
 
 def _ends(offsets_S: Tensor, *, num_rows: int) -> list[int]:

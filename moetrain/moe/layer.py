@@ -90,7 +90,10 @@ class MoE(nn.Module):
         """(B, S, D) -> (B, S, D) and what the gate passes on."""
         x_TD = x_BSD.flatten(0, 1)
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
-        tokens = Tokens(x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group)
+        tokens = Tokens(
+            x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group,
+            sample_B=ctx.sample_B, key=(ctx.seed, ctx.step, self.layer), training=ctx.training,
+        )  # fmt: skip
         logits_TE, carry = self.gate(x_TD, carry)
         routing, again = self._route(logits_TE, ctx)
         if mask_T is not None:

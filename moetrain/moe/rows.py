@@ -1,5 +1,7 @@
 """Moving rows by index; every gradient is a gather and a sum: no index_add, no atomics, the same bits each time."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,28 @@ def gather_sum(y_MD: Tensor, index_M: Tensor, back_NJ: Tensor, *, ragged: bool =
 def ends_on_host(offsets_S: Tensor, *, num_rows: int) -> list[int]:
     """Where each slot's rows end, of at most ``num_rows``, on the host: a sync. A dry run replaces this."""
     return offsets_S.tolist()
+
+
+def counts_on_host(*counts: Tensor, num_rows: int) -> list[list[int]]:
+    """Rows to and from each peer on the host, leg by leg as they travel: one sync. A dry run replaces this.
+
+    Nobody sends more than ``num_rows``; the last of ``counts``, each (peers,) int64, is what arrives in the end.
+    """
+    numbers = iter(torch.cat(counts).tolist())
+    return [list(itertools.islice(numbers, count.numel())) for count in counts]
+
+
+def regroup(counts_RS: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows that lie by (r, s) -> by (s, r): (M,) which row comes m-th, and the inverse (M, 1).
+
+    ``counts_RS`` says how many there are of each, ``num_rows`` how many in all, which the host has to know.
+    """
+    R, S = counts_RS.shape
+    column_M = torch.arange(S, device=counts_RS.device).repeat(R).repeat_interleave(
+        counts_RS.flatten(), output_size=num_rows
+    )  # fmt: skip
+    index_M = column_M.argsort(stable=True)
+    return index_M, inverse(index_M)[:, None]
 
 
 def inverse(order_N: Tensor) -> Tensor:

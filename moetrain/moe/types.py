@@ -54,6 +54,9 @@ class Tokens:
     stretches: int = 1
     mask_T: Tensor | None = None  # bool, False = padding
     group: ProcessGroup | None = None  # the ranks that hold the other positions of these sequences
+    sample_B: Tensor | None = None  # (B,) int64 global sample ids
+    key: tuple[int, ...] = ()  # seed, step, layer: what random numbers for these tokens are drawn for
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,19 @@ class PlacementPolicy(ABC):
 @config
 class Dispatcher(ABC):
     """Moves tokens to the slots that hold their experts, and the results back. State goes into the ticket."""
+
+    def check(self, *, ranks: int) -> None:
+        """Raise ``UserError`` for what it cannot do among ``ranks`` = ep * etp ranks, before any of them starts."""
+        return None
+
+    def shrunk(self, *, was: int, ranks: int) -> "Dispatcher":
+        """What stands for it where a verification makes expert groups of ``ranks`` of those of ``was``."""
+        return self
+
+    @property
+    def depends_on_layout(self) -> str:
+        """What of it is not the same under every layout, in words for the user; "" = nothing."""
+        return ""
 
     @abstractmethod
     def dispatch(

@@ -37,6 +37,8 @@ def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig, stages: P
     """Raise ``UserError`` for what a solved layout cannot do with this model, before any rank starts."""
     if rule := broken_rule(layout, shape(cfg, context)):
         raise UserError(rule)
+    if cfg.moe_layers:
+        cfg.moe.dispatcher.check(ranks=layout.ep * layout.etp)
     pipeline.stages(cfg, layout, stages)
 
 

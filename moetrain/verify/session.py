@@ -73,6 +73,7 @@ def verify(layout: Layout, reference: Reference, ranks: Ranks, folder: Path, *, 
     cfg = replace(reference.cfg, layout=layout)
     try:
         check(cfg, world=ranks.size)
+        check_comparable(cfg, against=reference.cfg.layout)
     except UserError as e:
         return Verdict(layout, "gap", error=str(e))
     ranks.lead(lambda: _clear(folder))
@@ -91,6 +92,16 @@ def verify(layout: Layout, reference: Reference, ranks: Ranks, folder: Path, *, 
             return Verdict(layout, "failed", error=error)
     before = free if replayed else None
     return _judged(layout, ranks.lead(lambda: compare(folder, reference.folder, free=before)))
+
+
+def check_comparable(cfg: Config, *, against: Layout) -> None:
+    """Raise ``UserError`` where the config itself says that its layout is not the run of the other."""
+    n, words = cfg.layout, cfg.model.moe.dispatcher.depends_on_layout
+    if words and cfg.model.moe_layers and (n.cp, n.tp) != (against.cp, against.tp):
+        raise UserError(
+            f"{words}, and cp={n.cp} tp={n.tp} is not the run of cp={against.cp} tp={against.tp}: compare layouts of "
+            f"the same cp and tp, or set model.moe.dispatcher.scope=sequence"
+        )
 
 
 def _judged(layout: Layout, report: Report) -> Verdict:

@@ -266,6 +266,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
     moe = configs.replace(
         m.moe, num_experts=n.num_experts, hidden=n.hidden, shared_hidden=n.shared_hidden,
         router=configs.replace(m.moe.router, top_k=n.top_k),
+        dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
     shapes = {name: getattr(n, name) for name in own}
@@ -313,5 +314,6 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("optim.decay", "step 0 has the full learning rate", lambda cfg: cfg.optim.decay),
     ("checkpoint.every", "nothing is saved", lambda cfg: cfg.checkpoint.every),
     ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
+    ("model.moe.dispatcher", "smaller groups of experts", lambda cfg: cfg.model.moe.dispatcher),
     ("data.ignore_tokens", "ids below the new vocabulary's size", lambda cfg: len(cfg.data.ignore_tokens)),
 )

@@ -133,6 +133,17 @@ def test_every_dispatcher_ep_and_etp_equals_the_reference(ranks, place, router, 
     compare(together(ranks(world).run(layer_on, *words)), want, 1e-12)
 
 
+IN_NODES = [(4, 2, 4, 1), (4, 2, 1, 4), (4, 2, 2, 2), (8, 2, 8, 1), (8, 4, 4, 2), (8, 4, 2, 4), (8, 2, 4, 1), (8, 8, 8, 1)]
+
+
+@pytest.mark.parametrize("place", drawn(IN_NODES, 4, of="nodes"), ids=str)
+def test_hierarchical_in_nodes_equals_the_reference(ranks, place) -> None:
+    world, node, ep, etp = place
+    hierarchical = OPTIONS["dispatcher"]["hierarchical"](ranks_per_node=node)
+    words = ep, etp, ROUTERS["sigmoid"], hierarchical, Kernel.auto, torch.float64
+    compare(together(ranks(world).run(layer_on, *words)), truth("sigmoid", "dropless"), 1e-12)
+
+
 def test_grouped_mm_equals_the_reference_in_float32(ranks) -> None:
     router = ROUTERS["softmax"]
     for name, dispatcher in DISPATCHERS.items():

@@ -38,6 +38,26 @@ CASES = {
     "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
     "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
     "a capacity factor of zero": ("dispatcher=capacity model.moe.dispatcher.factor=0", "has to be above 0"),
+    "a negative capacity of evaluation": (
+        "dispatcher=capacity model.moe.dispatcher.eval_factor=-1",
+        "model.moe.dispatcher.eval_factor=-1.0: the capacity factor has to be above 0",
+    ),
+    "a negative least capacity": (
+        "dispatcher=capacity model.moe.dispatcher.min_capacity=-1",
+        "min_capacity=-1: an expert keeps so many assignments at the least, use 0 or more",
+    ),
+    "a drop policy that is none": (
+        "dispatcher=capacity model.moe.dispatcher.drop=probs",
+        "expected one of [position, probability, random]",
+    ),
+    "a negative number of ranks on a node": (
+        "dispatcher=hierarchical model.moe.dispatcher.ranks_per_node=-1",
+        "ranks_per_node=-1: has to be at least 1, or 0",
+    ),
+    "nodes that expert groups do not fill": (
+        "dispatcher=hierarchical model.moe.dispatcher.ranks_per_node=3 layout.dp=4 layout.ep=4",
+        "ranks_per_node=3 and layout.ep * layout.etp = 4: one has to divide the other",
+    ),
     "more experts per token than experts": (
         "model.moe.router.top_k=5",
         "more than model.moe.num_experts=4: use 1 to 4",

@@ -424,3 +424,13 @@ def test_as_many_experts_stay_as_the_router_and_the_balance_terms_take(words) ->
     shrunk = shrink(cfg, world=8).cfg
     shrunk.model.moe.check()
     assert shrunk.model.moe.num_experts < 64
+
+
+@pytest.mark.parametrize(("node", "shrunk_to"), [(8, 2), (64, 4), (1, 1), (0, 0)])
+def test_nodes_shrink_with_the_groups_of_experts(node, shrunk_to) -> None:
+    words = ["model=deepseek_moe_16b", "layout.dp=64", "layout.ep=64", "train.batch=64", "train.micro_batch=1"]
+    cfg = compose([*words, "dispatcher=hierarchical", f"model.moe.dispatcher.ranks_per_node={node}"])
+    small = shrink(cfg, world=64).cfg
+    assert small.layout.ep == 4
+    assert small.model.moe.dispatcher.ranks_per_node == shrunk_to  # pyright: ignore[reportAttributeAccessIssue]
+    small.model.moe.dispatcher.check(ranks=small.layout.ep * small.layout.etp)

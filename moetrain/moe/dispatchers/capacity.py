@@ -1,21 +1,29 @@
 """Capacity dispatch: buffers of fixed size, surplus assignments dropped (GShard, arXiv 2006.16668). No host sync.
 
-    an expert keeps ceil(factor * tokens in scope * K / E) assignments per scope, the earliest positions first;
+    capacity = max(min_capacity, ceil(factor * tokens in scope * K / E)) assignments that an expert keeps per scope
     buffer (R, S, C, D), C = scopes on this rank * min(tokens in a scope, capacity)
 
-Scope ``sequence`` counts within each sequence: the same tokens are dropped under every layout. Weights are not
-renormalized after a drop; what was dropped is always counted.
+Who is kept where more ask (``drop``), equal ones by position:
+
+    position      the earliest positions
+    probability   the highest combine weights (Megatron-LM's drop policy "probs")
+    random        the highest of numbers that are functions of (seed, step, layer, sample, position, expert)
+
+Scope ``sequence`` counts within each sequence, on whichever ranks it lies: every layout drops the same. Ranks that
+share sequences gather counts (E,) a run of positions for ``position``, else (2K + 1,) a token. Scope ``local`` counts
+the tokens of a rank's micro-batch together, in the order in which it holds them, and gathers nothing: it depends on
+how cp and tp cut the sequences. Weights are not renormalized after a drop; drops are always counted.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, counter, world
 from moetrain.config import UserError, config
 from moetrain.moe.rows import gather, gather_sum
 from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
@@ -23,6 +31,13 @@ from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
 
 class Scope(Enum):
     sequence = "sequence"
+    local = "local"
+
+
+class Drop(Enum):
+    position = "position"
+    probability = "probability"
+    random = "random"
 
 
 @dataclass(frozen=True)
@@ -35,14 +50,31 @@ class Ticket:
 
 @config(group="dispatcher", name="capacity")
 class Capacity(Dispatcher):
+    """``drop`` says who is kept. ``scope=local`` is cheaper, and no longer the same run under every layout."""
+
     factor: float = 1.25
+    eval_factor: float | None = None  # of evaluation; None = the same
+    min_capacity: int = 0
+    drop: Drop = Drop.position
     scope: Scope = Scope.sequence
 
     def __post_init__(self) -> None:
-        if self.factor <= 0:
+        for name in ("factor", "eval_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(
+                    f"model.moe.dispatcher.{name}={value}: the capacity factor has to be above 0 and finite (try 1.25)"
+                )
+        if self.min_capacity < 0:
             raise UserError(
-                f"model.moe.dispatcher.factor={self.factor}: the capacity factor has to be above 0 (try 1.25)"
+                f"model.moe.dispatcher.min_capacity={self.min_capacity}: an expert keeps so many assignments at the "
+                f"least, use 0 or more"
             )
+
+    @property
+    def depends_on_layout(self) -> str:
+        local = self.scope is Scope.local
+        return "model.moe.dispatcher.scope=local counts each rank's own tokens: drops depend on cp and tp" * local
 
     def dispatch(
         self,
@@ -55,11 +87,15 @@ class Capacity(Dispatcher):
         group: ProcessGroup | None,
     ) -> tuple[Rows, Ticket]:
         (T, K), (E, J), R = routing.ids_TK.shape, target_EJ.shape, comm.size(group)
+        first_TK = self._first(routing, tokens)
+        if self.scope is Scope.local:
+            position_T = torch.arange(T, device=x_TD.device)
+            tokens = replace(tokens, num_sequences=1, position_S=position_T, stretches=1, group=None)
         S = T // tokens.num_sequences
         whole = S * comm.size(tokens.group)  # multiplied first, as where it is decided who is kept: one rounding
-        rows_per_scope = min(S, math.ceil(self.factor * whole * K / E))
+        rows_per_scope = min(S, self._capacity(whole, K, E, tokens))
         C = tokens.num_sequences * rows_per_scope
-        place_TK, keep_TK = self._place(routing, tokens)
+        place_TK, keep_TK = self._place(routing, tokens, first_TK)
 
         target_TKJ = target_EJ[routing.ids_TK.clamp_min(0)]
         scope_T11 = torch.arange(T, device=x_TD.device)[:, None, None] // S
@@ -92,25 +128,81 @@ class Capacity(Dispatcher):
         y_XD = comm.all_to_all(y_XD, recv=None, send=None, group=ticket.group)
         return gather_sum(y_XD, ticket.token_X, ticket.back_TX, ragged=True)
 
-    def _place(self, routing: Routing, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """(T, K) each assignment's place among this rank's of its (sequence, expert), and whether it is kept.
+    def _factor(self, tokens: Tokens) -> float:
+        return self.factor if tokens.training or self.eval_factor is None else self.eval_factor
 
-        Kept is who comes early enough among all of the sequence's, on whichever rank, in order of position. What a
-        rank keeps is then the first of what it has.
+    def _capacity(self, whole: int, K: int, E: int, tokens: Tokens) -> int:
+        return max(self.min_capacity, math.ceil(self._factor(tokens) * whole * K / E))
+
+    def _first(self, routing: Routing, tokens: Tokens) -> Tensor | None:
+        """(T, K) of which the highest are kept first; None: the earliest."""
+        if self.drop is Drop.position:
+            return None
+        if self.drop is Drop.probability:
+            return routing.weights_TK.detach()
+        (T, E), B = routing.scores_TE.shape, tokens.num_sequences
+        assert tokens.sample_B is not None, "whoever drops at random needs to know which tokens these are"
+        sample_T = world.to_device(tokens.sample_B, routing.ids_TK.device).repeat_interleave(T // B)
+        token_T = sample_T * _POSITIONS + tokens.position_S.repeat(B)
+        return counter.uniform(token_T[:, None] * E + routing.ids_TK, key=counter.key("drop", *tokens.key))
+
+    def _place(self, routing: Routing, tokens: Tokens, first_TK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(T, K) each kept assignment's place among this rank's of its (sequence, expert), and whether it is kept.
+
+        Kept is whose turn comes early enough among all of the sequence's, on whichever rank: in order of position, in
+        which what a rank keeps is the first of what it has; or the highest of ``first_TK`` first.
         """
         (T, K), E, B = routing.ids_TK.shape, routing.scores_TE.shape[1], tokens.num_sequences
         S = T // B
         ids_TK = torch.where(routing.ids_TK < 0, E, routing.ids_TK) if routing.ragged else routing.ids_TK
         chosen_TE = ids_TK.new_zeros(T, E + 1, dtype=torch.int32).scatter_(1, ids_TK, 1)
-        queue_TE = chosen_TE.view(B, S, E + 1).cumsum(1, dtype=torch.int32).view(T, E + 1)
-        place_TK = queue_TE.gather(1, ids_TK).long() - 1
-        whole = S * comm.size(tokens.group)
-        before_TE, real_B = _of_sequence(chosen_TE, tokens)
-        early_TK = place_TK if before_TE is None else place_TK + before_TE.gather(1, ids_TK)
+        if first_TK is None:
+            place_TK = _queue(chosen_TE, ids_TK, B)
+            before_TE, real_B = _of_sequence(chosen_TE, tokens)
+            turn_TK = place_TK if before_TE is None else place_TK + before_TE.gather(1, ids_TK)
+        else:
+            turn_TK = _turns(first_TK, ids_TK, tokens, num_experts=E)
+            real_B = None if tokens.mask_T is None else tokens.mask_T.view(B, -1).sum(1)
+            real_B = None if real_B is None else comm.all_reduce_(real_B, group=tokens.group)
         if real_B is None:
-            return place_TK, (early_TK < math.ceil(self.factor * whole * K / E)) & (ids_TK < E)
-        capacity_B = torch.ceil(self.factor * real_B.double() * K / E).long()
-        return place_TK, (early_TK < capacity_B.repeat_interleave(S)[:, None]) & (ids_TK < E)
+            capacity = self._capacity(S * comm.size(tokens.group), K, E, tokens)
+        else:
+            capacity_B = torch.ceil(self._factor(tokens) * real_B.double() * K / E).long().clamp_min(self.min_capacity)
+            capacity = capacity_B.repeat_interleave(S)[:, None]
+        keep_TK = (turn_TK < capacity) & (ids_TK < E)
+        if first_TK is not None:
+            kept_TE = torch.zeros_like(chosen_TE).scatter_(1, ids_TK, keep_TK.int())
+            place_TK = _queue(kept_TE, ids_TK, B)
+        return place_TK, keep_TK  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+_POSITIONS = 2**31 - 1
+"""More than a sequence has, whatever it is padded to."""
+
+
+def _queue(chosen_TE: Tensor, ids_TK: Tensor, B: int) -> Tensor:
+    """(T, K) int64: each assignment's place among those of its sequence and expert on this rank."""
+    T, columns = chosen_TE.shape
+    queue_TE = chosen_TE.view(B, T // B, columns).cumsum(1, dtype=torch.int32).view(T, columns)
+    return queue_TE.gather(1, ids_TK).long() - 1
+
+
+def _turns(first_TK: Tensor, ids_TK: Tensor, tokens: Tokens, *, num_experts: int) -> Tensor:
+    """(T, K) int64: how many of the same sequence and expert come before each assignment, on whichever rank: those
+    with more in ``first_TK``, of equal ones those at earlier positions. One all-gather, in float64."""
+    (T, K), B = ids_TK.shape, tokens.num_sequences
+    position_T1 = tokens.position_S.repeat(B)[:, None]
+    table = torch.cat([position_T1.double(), ids_TK.double(), first_TK.double()], 1)
+    position_X1, ids_XK, first_XK = comm.all_gather(table, group=tokens.group).flatten(0, 1).split([1, K, K], 1)
+    X = position_X1.shape[0]
+    sequence_X1 = torch.arange(X, device=ids_TK.device)[:, None] % T // (T // B)
+    scope_N = (sequence_X1 * (num_experts + 1) + ids_XK.long()).flatten()
+    order_N = position_X1.expand(-1, K).flatten().argsort(stable=True)
+    order_N = order_N[first_XK.flatten()[order_N].argsort(descending=True, stable=True)]
+    order_N = order_N[scope_N[order_N].argsort(stable=True)]
+    load = scope_N.new_zeros(B * (num_experts + 1)).scatter_add_(0, scope_N, torch.ones_like(scope_N))
+    turn_N = torch.arange(X * K, device=ids_TK.device) - (load.cumsum(0) - load)[scope_N[order_N]]
+    return torch.empty_like(turn_N).scatter_(0, order_N, turn_N).view(X, K)[comm.rank(tokens.group) * T :][:T]
 
 
 def _of_sequence(chosen_TE: Tensor, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
