@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import moetrain
 from moetrain import config as configs
+from moetrain.cli.sweep import run_point
 from moetrain.config import OPTIONS, UserError, keys, nearest
 from moetrain.data.loader import CorpusConfig
 from moetrain.job import Config
@@ -103,19 +104,23 @@ def compose(argv: list[str]) -> Config:
         return _finish(hydra.compose("train", overrides=argv), corpora)
 
 
-def with_hydra(argv: list[str], task: Callable[[Config], float | None]) -> None:
+def with_hydra(argv: list[str], run: Callable[[Config], str]) -> None:
     """Hydra's own manners: --help, --cfg job, -m sweeps (each job in its own run folder), --info, completion."""
     register()
     argv, corpora = split(argv)
 
-    def job(node) -> float | None:
-        cfg = _finish(node, corpora)
+    def job(node) -> float:
         hc = HydraConfig.get()
-        if hc.mode == RunMode.MULTIRUN:
-            swept = [word for word in hc.overrides.task if word not in argv]
+        assert hc.mode == RunMode.MULTIRUN
+        swept = [word for word in hc.overrides.task if word not in argv]
+
+        def make() -> Config:
+            with _one_line():
+                cfg = _finish(node, corpora)
             name = f"{cfg.run.name}/{hc.job.num:03d}-{','.join(swept)}"[:200].rstrip("-").replace(" ", "")
-            cfg = configs.replace(cfg, run=configs.replace(cfg.run, name=name))
-        return task(cfg)
+            return configs.replace(cfg, run=configs.replace(cfg.run, name=name))
+
+        return run_point(make, run, sweep=Path(hc.sweep.dir), number=hc.job.num, overrides=swept)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
     before = sys.argv

@@ -1,10 +1,11 @@
 """``moetrain train``: the same arguments start the local ranks, or, under torchrun, are one rank."""
 
-import json
+from pathlib import Path
 
 from moetrain import config as configs
 from moetrain.cli.compose import HYDRA_FLAGS, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
+from moetrain.cli.sweep import Status, Watch, read, summary
 from moetrain.config import UserError
 from moetrain.job import Config, preflight
 from moetrain.model.flops import size
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
         if "--cfg" in argv or "-c" in argv:
             print(f"# {size(compose(_overrides(argv)).model)}", flush=True)
         with_hydra(argv, _sweep_job)
-        return 0
+        return _swept(Watch.sweep) if Watch.sweep else 0
     cfg = compose(argv)
     if launched():
         return be_rank(cfg, checked=False)
@@ -30,20 +31,22 @@ def main(argv: list[str]) -> int:
 
 
 def _start(cfg: Config) -> int:
+    """Raises ``UserError`` before anything is started; returns an exit code."""
     world = wanted_ranks(cfg.layout, device=cfg.train.device)
     preflight(cfg, world=world, log=lambda line: print(line, flush=True))
     configs.write(cfg, cfg.run.folder / "config.yaml")
     return be_rank(cfg, checked=True) if world == 1 else start_ranks(cfg.run.folder, ranks=world)
 
 
-def _sweep_job(cfg: Config) -> float | None:
-    """One job of a sweep; its held-out loss is what a sweeper minimizes."""
-    if code := _start(cfg):
-        raise RuntimeError(f"{cfg.run.folder} failed with exit code {code}: see its logs/")
-    path = cfg.run.folder / "summary.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
-    losses = [s["nats_per_token"] for s in scores.values() if isinstance(s, dict)]
-    return sum(losses) / len(losses) if losses else None
+def _sweep_job(cfg: Config) -> str:
+    """One job of a sweep: why it failed, or nothing."""
+    code = _start(cfg)
+    return f"exit code {code}, see {cfg.run.folder / 'logs'}" if code else ""
+
+
+def _swept(sweep: Path) -> int:
+    print("\n".join(["", *summary(sweep)]))
+    return 1 if any(point.status is Status.failed for point in read(sweep)) else 0
 
 
 def _overrides(argv: list[str]) -> list[str]:

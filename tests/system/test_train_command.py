@@ -201,11 +201,23 @@ def test_several_sets_are_validated_every_n_steps(small_corpus, tmp_path) -> Non
     assert found[0][2] == found[1][2] > found[2][2] == found[3][2], "the same held-out text scores the same, and falls"
 
 
-def test_a_sweep_gives_each_job_its_own_run_folder(small_corpus, tmp_path) -> None:
+def test_a_sweep_skips_what_is_illegal_outlives_what_fails_and_resumes(small_corpus, tmp_path) -> None:
     few = ["layout.ep=1", "train.steps=2", "optim.warmup=1", "checkpoint.every=0"]
-    done = train("-m", *words(small_corpus, tmp_path / "sweep", *few), "optim.lr=1e-3,2e-3")
-    assert done.returncode == 0, done.stdout + done.stderr
-    folders = sorted((tmp_path / "sweep").glob("*/summary.json"))
-    assert len(folders) == 2
-    rates = [yaml.safe_load((f.parent / "config.yaml").read_text())["optim"]["lr"] for f in folders]
-    assert sorted(rates) == [1e-3, 2e-3]
+    sweep = ["-m", *words(small_corpus, tmp_path / "sweep", *few), "optim.lr=1e-3,1e30", "model.moe.router.top_k=2,9"]
+    done = train(*sweep)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "4 points: 1 done, 2 skipped, 1 failed\n" in done.stdout
+    assert "skipped optim.lr=0.001 model.moe.router.top_k=9: model.moe.router.top_k=9 is more than" in done.stdout
+    points = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep/points").iterdir())]
+    assert [point["status"] for point in points] == ["done", "skipped", "failed", "skipped"]
+    assert points[0]["loss"] > 0
+    assert "exit code" in points[2]["reason"]
+    folder = Path(points[0]["folder"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 1e-3
+    before = (folder / "summary.json").stat().st_mtime_ns
+    again = train(*sweep)
+    assert again.returncode == 1
+    assert f"{folder}: done before\n" in again.stdout
+    assert "4 points: 1 done, 2 skipped, 1 failed\n" in again.stdout
+    assert train(*sweep[:-2], "router=topk,topp").stderr.startswith("error: router=topp: no such option")
+    assert (folder / "summary.json").stat().st_mtime_ns == before

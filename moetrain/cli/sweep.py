@@ -1,0 +1,112 @@
+"""The points of a sweep: an illegal one is skipped with the reason, a failed one does not stop the rest, and one that
+is done is not run again, so that the same command resumes a sweep. ``points/NUMBER.json`` says what became of each."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from moetrain import config as configs
+from moetrain.config import UserError
+from moetrain.job import Config
+
+
+class Status(Enum):
+    done = "done"
+    skipped = "skipped"
+    failed = "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """``loss`` is the mean held-out loss in nats a token; ``reason`` says in one line why there is none."""
+
+    number: int
+    overrides: list[str]
+    folder: str
+    status: Status
+    reason: str = ""
+    loss: float | None = None
+
+
+def run_point(
+    make: Callable[[], Config], run: Callable[[Config], str], *, sweep: Path, number: int, overrides: list[str]
+) -> float:
+    """Make a point's config and run it: its held-out loss, or infinity, which a sweeper minimizes away.
+
+    ``run`` returns why a run failed, or nothing; it raises ``UserError`` for what cannot be run.
+    """
+    folder, loss = "", None
+    try:
+        cfg = make()
+        folder = str(cfg.run.folder)
+        before = _finished(cfg)
+        reason = "" if before else run(cfg)
+        status = Status.failed if reason else Status.done
+        if not reason:
+            loss = _loss(cfg.run.folder)
+        if before:
+            print(f"{folder}: done before", flush=True)
+    except UserError as e:
+        status, reason = Status.skipped, str(e)
+        print(f"skipped {' '.join(overrides)}: {reason}", flush=True)
+    except Exception as e:  # the other points go on
+        status, reason = Status.failed, f"{type(e).__name__}: {e}".splitlines()[0]
+        print(f"failed {' '.join(overrides)}: {reason}", flush=True)
+    point = Point(number, overrides, folder, status, reason, loss)
+    path = _points(sweep) / f"{number:03d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(point) | {"status": status.value}, indent=1) + "\n")
+    return math.inf if loss is None else loss
+
+
+def read(sweep: Path) -> list[Point]:
+    """The points of a sweep in the order of their numbers; none where there was no sweep."""
+    found = [json.loads(path.read_text()) for path in sorted(_points(sweep).glob("*.json"))]
+    return [Point(**data | {"status": Status(data["status"])}) for data in found]
+
+
+def summary(sweep: Path) -> list[str]:
+    """What became of the points: how many of each, and of each that is not done why."""
+    points = read(sweep)
+    counts = [f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in points))]
+    lines = [f"sweep {sweep}: {len(points)} points: {', '.join(counts) or 'none was run'}"]
+    return lines + [f"  {p.status.value} {' '.join(p.overrides)}: {p.reason}" for p in points if p.reason]
+
+
+class Watch(Callback):
+    """Hydra's word that a sweep begins, which only it knows the folder of."""
+
+    sweep: Path | None = None
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        Watch.sweep = Path(config.hydra.sweep.dir)
+        for path in _points(Watch.sweep).glob("*.json"):
+            path.unlink()
+
+
+def _points(sweep: Path) -> Path:
+    return sweep / "points"
+
+
+def _finished(cfg: Config) -> bool:
+    """Whether the very same run has left its summary."""
+    folder = cfg.run.folder
+    if not (folder / "summary.json").exists():
+        return False
+    try:
+        return configs.read(folder / "config.yaml", Config) == cfg
+    except UserError:
+        return False
+
+
+def _loss(folder: Path) -> float | None:
+    path = folder / "summary.json"
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    losses = [s["nats_per_token"] for s in scores.values() if isinstance(s, dict)]
+    return sum(losses) / len(losses) if losses else None
