@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -14,13 +15,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import moetrain
 from moetrain import config as configs
-from moetrain.cli.sweep import run_point
+from moetrain.cli import sweep
 from moetrain.config import OPTIONS, UserError, keys, nearest
 from moetrain.data.loader import CorpusConfig
 from moetrain.job import Config
@@ -120,7 +122,7 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> None:
             name = f"{cfg.run.name}/{hc.job.num:03d}-{','.join(swept)}"[:200].rstrip("-").replace(" ", "")
             return configs.replace(cfg, run=configs.replace(cfg.run, name=name))
 
-        return run_point(make, run, sweep=Path(hc.sweep.dir), number=hc.job.num, overrides=swept)
+        return sweep.run_point(make, run, sweep=Path(hc.sweep.dir), number=hc.job.num, overrides=swept)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
     before = sys.argv
@@ -130,6 +132,16 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> None:
             hydra.main(version_base="1.3", config_path=str(folder()), config_name="train")(job)()
     finally:
         sys.argv = before
+
+
+class Watch(Callback):
+    """Hydra's word that a sweep begins, which only it knows the folder of."""
+
+    sweep: Path | None = None
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        Watch.sweep = Path(config.hydra.sweep.dir)
+        sweep.begin(Watch.sweep)
 
 
 def _from_file(path: Path, overrides: list[str], corpora: list[tuple[str, str, str]]) -> Config:

@@ -7,9 +7,6 @@ import math
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
-
-from hydra.experimental.callback import Callback
 
 from moetrain import config as configs
 from moetrain.config import UserError
@@ -79,15 +76,10 @@ def summary(sweep: Path) -> list[str]:
     return lines + [f"  {p.status.value} {' '.join(p.overrides)}: {p.reason}" for p in points if p.reason]
 
 
-class Watch(Callback):
-    """Hydra's word that a sweep begins, which only it knows the folder of."""
-
-    sweep: Path | None = None
-
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        Watch.sweep = Path(config.hydra.sweep.dir)
-        for path in _points(Watch.sweep).glob("*.json"):
-            path.unlink()
+def begin(sweep: Path) -> None:
+    """Forget what became of the points the last time."""
+    for path in _points(sweep).glob("*.json"):
+        path.unlink()
 
 
 def _points(sweep: Path) -> Path:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moetrain import config as configs
-from moetrain.cli.compose import HYDRA_FLAGS, compose, with_hydra
+from moetrain.cli.compose import HYDRA_FLAGS, Watch, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
-from moetrain.cli.sweep import Status, Watch, read, summary
+from moetrain.cli.sweep import Status, read, summary
 from moetrain.config import UserError
 from moetrain.job import Config, preflight
 from moetrain.model.flops import size
