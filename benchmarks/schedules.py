@@ -16,7 +16,6 @@ Schedules take turns; a figure is the median of the repetitions with a bootstrap
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -27,6 +26,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from saving import save
 from schedule_counts import (
     BOOKS,
     Times,
@@ -180,9 +180,7 @@ def main() -> None:
     report["load_average_after"] = os.getloadavg()
     print(f"\n{time.monotonic() - began:.0f} s, load average after: {report['load_average_after']}")
     if not args.no_write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: {os.path.relpath(RESULTS)}")
+        save(report, RESULTS)
 
 
 if __name__ == "__main__":

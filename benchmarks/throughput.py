@@ -18,7 +18,6 @@ once). Nobody is compiled.
 import argparse
 import gc
 import itertools
-import json
 import os
 import platform
 import random
@@ -32,6 +31,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from saving import save
 from torch import Tensor
 
 import moetrain
@@ -283,9 +283,7 @@ def main() -> None:
             f"{r['ratio']:>8.2f}x ({low:.2f} to {high:.2f}){'':11}{r['load_average']['after'][0]:.1f}"
         )
     if not args.no_write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written: {os.path.relpath(RESULTS)}")
+        save(report, RESULTS)
 
 
 if __name__ == "__main__":

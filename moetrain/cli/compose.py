@@ -106,8 +106,11 @@ def compose(argv: list[str]) -> Config:
         return _finish(hydra.compose("train", overrides=argv), corpora)
 
 
-def with_hydra(argv: list[str], run: Callable[[Config], str]) -> None:
-    """Hydra's own manners: --help, --cfg job, -m sweeps (each job in its own run folder), --info, completion."""
+def with_hydra(argv: list[str], run: Callable[[Config], str]) -> Path | None:
+    """Hydra's own manners: --help, --cfg job, -m sweeps (each job in its own run folder), --info, completion.
+
+    Returns the folder of a sweep.
+    """
     register()
     argv, corpora = split(argv)
 
@@ -125,13 +128,14 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> None:
         return sweep.run_point(make, run, sweep=Path(hc.sweep.dir), number=hc.job.num, overrides=swept)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
-    before = sys.argv
+    before, Watch.sweep = sys.argv, None
     sys.argv = ["moetrain train", *argv]
     try:
         with _one_line():
             hydra.main(version_base="1.3", config_path=str(folder()), config_name="train")(job)()
     finally:
         sys.argv = before
+    return Watch.sweep
 
 
 class Watch(Callback):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moetrain import config as configs
-from moetrain.cli.compose import HYDRA_FLAGS, Watch, compose, with_hydra
+from moetrain.cli.compose import HYDRA_FLAGS, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
 from moetrain.cli.sweep import Status, read, summary
 from moetrain.config import UserError
@@ -13,8 +13,7 @@ from moetrain.world import launched, wanted_ranks
 
 
 def main(argv: list[str]) -> int:
-    sweep = "-m" in argv or "--multirun" in argv
-    if sweep and launched():
+    if ("-m" in argv or "--multirun" in argv) and launched():
         raise UserError(
             "-m inside torchrun would sweep once on every rank: run `moetrain train -m ...`, which starts each job's "
             "ranks itself"
@@ -22,8 +21,8 @@ def main(argv: list[str]) -> int:
     if "--config" not in argv and any(word.split("=")[0] in HYDRA_FLAGS for word in argv):
         if "--cfg" in argv or "-c" in argv:
             print(f"# {size(compose(_overrides(argv)).model)}", flush=True)
-        with_hydra(argv, _sweep_job)
-        return _swept(Watch.sweep) if Watch.sweep else 0
+        sweep = with_hydra(argv, _sweep_job)
+        return _swept(sweep) if sweep else 0
     cfg = compose(argv)
     if launched():
         return be_rank(cfg, checked=False)

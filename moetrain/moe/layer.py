@@ -14,7 +14,18 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.placement.static import Static
 from moetrain.moe.routers.topk import TopK
-from moetrain.moe.types import Balance, Carry, Context, Dispatcher, GateConfig, PlacementPolicy, Router, Routing, Tokens
+from moetrain.moe.types import (
+    Balance,
+    Carry,
+    Context,
+    Dispatcher,
+    GateConfig,
+    PlacementPolicy,
+    Router,
+    Routing,
+    Slots,
+    Tokens,
+)
 from moetrain.moe.watch import Watch
 
 
@@ -102,10 +113,9 @@ class MoE(nn.Module):
             ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
-        rows, ticket = self.cfg.dispatcher.dispatch(
-            x_TD, routing, target_EJ=self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp),
-            num_slots=self.placement.num_slots, tokens=tokens, group=self.group,
-        )  # fmt: skip
+        target_EJ = self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
+        slots = Slots(target_EJ, self.placement.num_slots, self.group)
+        rows, ticket = self.cfg.dispatcher.dispatch(x_TD, routing, tokens=tokens, slots=slots)
         backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.width)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend), ticket)
         if ctx.training:

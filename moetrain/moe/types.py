@@ -130,6 +130,15 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Where rows go: expert e has the J slots ``target_EJ[e]`` = peer * ``num_slots`` + slot."""
+
+    target_EJ: Tensor  # (E, J) int64
+    num_slots: int  # of each rank
+    group: ProcessGroup | None = None  # the ranks that rows travel among
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows a rank has to compute: row m is ``x_ND[index_M[m]]`` times ``weights_M[m]``, sorted by slot.
 
@@ -239,20 +248,10 @@ class Dispatcher(ABC):
         return ""
 
     @abstractmethod
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        *,
-        target_EJ: Tensor,
-        num_slots: int,
-        tokens: Tokens,
-        group: ProcessGroup | None,
-    ) -> tuple[Rows, Any]:
-        """(T, D) -> the rows of this rank's ``num_slots`` slots, and the ticket that ``combine`` needs.
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Any]:
+        """(T, D) -> the rows of this rank's slots, and the ticket that ``combine`` needs.
 
-        Every assignment to expert e becomes J rows, one for each slot ``target_EJ[e]`` = peer * num_slots + slot; the
-        results of the J are parts of a sum. ``group`` is the ranks that rows travel among.
+        Every assignment to expert e becomes a row for each of its J slots, whose results are parts of a sum.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from moetrain.config import OPTIONS, load
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.moe.rows import gather
-from moetrain.moe.types import Dispatcher, Placement, Routing, Tokens
+from moetrain.moe.types import Dispatcher, Placement, Routing, Slots, Tokens
 
 D = 3
 
@@ -98,11 +98,9 @@ def there_and_back(rank: int, world: int, case: Case, dispatcher: Dispatcher) ->
     routing = Routing(scores_TE, scores_TE, ids_TK, weights_TK, ragged=bool((ids_TK < 0).any()))
     B = case.sequences
     tokens = Tokens(B, torch.arange(len(x_TD) // B), sample_B=torch.arange(B) + rank * B, key=(0, 1, 2))
-    group = mesh.group("moe", "ep", "etp")
-    rows, ticket = dispatcher.dispatch(
-        x_TD, routing, target_EJ=placement.target_EJ(at, x_TD.device, etp=case.etp), num_slots=placement.num_slots,
-        tokens=tokens, group=group,
-    )  # fmt: skip
+    target_EJ = placement.target_EJ(at, x_TD.device, etp=case.etp)
+    slots = Slots(target_EJ, placement.num_slots, mesh.group("moe", "ep", "etp"))
+    rows, ticket = dispatcher.dispatch(x_TD, routing, tokens=tokens, slots=slots)
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
     starts_S = torch.cat([rows.offsets_S.new_zeros(1), rows.offsets_S])[:-1]
     scale_M = torch.full((len(x_MD),), torch.nan, dtype=torch.float64)  # past the last row: nobody reads it
@@ -114,7 +112,7 @@ def there_and_back(rank: int, world: int, case: Case, dispatcher: Dispatcher) ->
     dropped_E = torch.zeros(case.num_experts, dtype=torch.int64) if rows.dropped_E is None else rows.dropped_E
     return {
         "y": y_TD.detach(), "grad x": x_TD.grad, "grad weights": weights_TK.grad, "dropped": dropped_E,
-        "rows": comm.all_reduce_(count, group=group), "drops": torch.tensor(rows.dropped_E is not None),
+        "rows": comm.all_reduce_(count, group=slots.group), "drops": torch.tensor(rows.dropped_E is not None),
     }  # pyright: ignore  # fmt: skip
 
 
@@ -214,7 +212,7 @@ def cut(rank: int, world: int, case: Case, dispatcher: Dispatcher, B: int) -> Te
     routing = Routing(scores_TE, scores_TE, ids_TK, weights_TK, ragged=True)
     x_TD = torch.ones(len(ids_TK), D, dtype=torch.float64)
     rows, ticket = dispatcher.dispatch(
-        x_TD, routing, target_EJ=torch.arange(E)[:, None], num_slots=E, tokens=tokens, group=None
+        x_TD, routing, tokens=tokens, slots=Slots(torch.arange(E)[:, None], E)
     )
     y_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged) * rows.weights_M[:, None]
     dispatcher.combine(y_MD, ticket).sum().backward()
@@ -268,10 +266,8 @@ def test_evaluation_may_have_another_capacity_and_local_counts_all_tokens_togeth
     routing, x_TD = Routing(scores_TE, scores_TE, ids_TK, weights), torch.ones(8, D, dtype=torch.float64)
 
     def dropped(training: bool = True, **keys) -> list[int]:
-        rows, _ = option("capacity", **keys).dispatch(
-            x_TD, routing, target_EJ=torch.arange(2)[:, None], num_slots=2,
-            tokens=Tokens(2, torch.arange(4), training=training), group=None,
-        )  # fmt: skip
+        tokens, slots = Tokens(2, torch.arange(4), training=training), Slots(torch.arange(2)[:, None], 2)
+        rows, _ = option("capacity", **keys).dispatch(x_TD, routing, tokens=tokens, slots=slots)
         return rows.dropped_E.tolist()
 
     assert dropped(factor=1.0) == [2, 2]

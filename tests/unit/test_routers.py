@@ -74,6 +74,10 @@ def tokens(logits_BSE: Tensor):
             yield FIRST + b, s, logits_E
 
 
+def real_positions(ctx: Context, b: int) -> list[int]:
+    return [s for s in range(S) if ctx.mask_BS is None or ctx.mask_BS[b, s]]
+
+
 class Truth:
     """Each router in plain loops; ``ctx`` has the step and whether it trains."""
 
@@ -148,7 +152,7 @@ class Truth:
     def expert_choice(logits_BSE, bias, router, ctx) -> Choices:
         found = []
         for b, logits_SE in enumerate(logits_BSE):
-            real = [s for s in range(S) if ctx.mask_BS is None or ctx.mask_BS[b, s]]
+            real = real_positions(ctx, b)
             scores = [score(x, router) for x in logits_SE]
             chosen: Choices = [{} for _ in range(S)]
             for e in range(E):
@@ -162,7 +166,7 @@ class Truth:
     def sinkhorn(logits_BSE, bias, router, ctx) -> Choices:
         found = []
         for b, logits_SE in enumerate(logits_BSE):
-            real = [s for s in range(S) if ctx.mask_BS is None or ctx.mask_BS[b, s]]
+            real = real_positions(ctx, b)
             cost = logits_SE.detach().exp()
             row, column = torch.ones(S, dtype=cost.dtype), torch.ones(E, dtype=cost.dtype)
             for _ in range(router.iterations if ctx.training else 0):

@@ -36,7 +36,7 @@ class ExpertBias(Balance):
         if 0 < self.until_step <= step:
             return bias_E
         E = load_E.numel()
+        lacking_E = load_E.sum() - E * load_E
         if self.update is Update.sign:
-            return bias_E + self.rate * (load_E.sum() - E * load_E).sign().to(bias_E.dtype)
-        lacking_E = (load_E.sum() - E * load_E).to(bias_E.dtype)
-        return bias_E + self.rate * lacking_E / load_E.sum().clamp_min(1)
+            return bias_E + self.rate * lacking_E.sign().to(bias_E.dtype)
+        return bias_E + self.rate * lacking_E.to(bias_E.dtype) / load_E.sum().clamp_min(1)

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.config import config
 from moetrain.moe.rows import gather, gather_sum, inverse
-from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,11 @@ class Ticket:
 
 @config(group="dispatcher", name="allgather")
 class AllGather(Dispatcher):
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        *,
-        target_EJ: Tensor,
-        num_slots: int,
-        tokens: Tokens,
-        group: ProcessGroup | None,
-    ) -> tuple[Rows, Ticket]:
-        (T, K), J, S = routing.ids_TK.shape, target_EJ.shape[1], num_slots
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+        group, S = slots.group, slots.num_slots
+        (T, K), J = routing.ids_TK.shape, slots.target_EJ.shape[1]
         X, C = comm.size(group) * T, min(K, S)
-        target_TKJ = target_EJ[routing.ids_TK.clamp_min(0)]
+        target_TKJ = slots.target_EJ[routing.ids_TK.clamp_min(0)]
         if routing.ragged:
             target_TKJ = torch.where((routing.ids_TK < 0)[:, :, None], -1, target_TKJ)
         target_XKJ = comm.all_gather(target_TKJ, group=group).view(X, K, J)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, counter, world
+from moetrain import comm, counter
 from moetrain.config import UserError, config
+from moetrain.moe import draw
 from moetrain.moe.rows import gather, gather_sum
-from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
 
 
 class Scope(Enum):
@@ -76,17 +77,9 @@ class Capacity(Dispatcher):
         local = self.scope is Scope.local
         return "model.moe.dispatcher.scope=local counts each rank's own tokens: drops depend on cp and tp" * local
 
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        *,
-        target_EJ: Tensor,
-        num_slots: int,
-        tokens: Tokens,
-        group: ProcessGroup | None,
-    ) -> tuple[Rows, Ticket]:
-        (T, K), (E, J), R = routing.ids_TK.shape, target_EJ.shape, comm.size(group)
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+        group, num_slots = slots.group, slots.num_slots
+        (T, K), (E, J), R = routing.ids_TK.shape, slots.target_EJ.shape, comm.size(group)
         first_TK = self._first(routing, tokens)
         if self.scope is Scope.local:
             position_T = torch.arange(T, device=x_TD.device)
@@ -97,7 +90,7 @@ class Capacity(Dispatcher):
         C = tokens.num_sequences * rows_per_scope
         place_TK, keep_TK = self._place(routing, tokens, first_TK)
 
-        target_TKJ = target_EJ[routing.ids_TK.clamp_min(0)]
+        target_TKJ = slots.target_EJ[routing.ids_TK.clamp_min(0)]
         scope_T11 = torch.arange(T, device=x_TD.device)[:, None, None] // S
         row_TKJ = target_TKJ * C + scope_T11 * rows_per_scope + place_TK[:, :, None]
         trash = R * num_slots * C
@@ -140,10 +133,9 @@ class Capacity(Dispatcher):
             return None
         if self.drop is Drop.probability:
             return routing.weights_TK.detach()
-        (T, E), B = routing.scores_TE.shape, tokens.num_sequences
+        E = routing.scores_TE.shape[1]
         assert tokens.sample_B is not None, "whoever drops at random needs to know which tokens these are"
-        sample_T = world.to_device(tokens.sample_B, routing.ids_TK.device).repeat_interleave(T // B)
-        token_T = sample_T * _POSITIONS + tokens.position_S.repeat(B)
+        token_T = draw.numbers(tokens.sample_B, tokens.position_S, device=routing.ids_TK.device)
         return counter.uniform(token_T[:, None] * E + routing.ids_TK, key=counter.key("drop", *tokens.key))
 
     def _place(self, routing: Routing, tokens: Tokens, first_TK: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -174,10 +166,6 @@ class Capacity(Dispatcher):
             kept_TE = torch.zeros_like(chosen_TE).scatter_(1, ids_TK, keep_TK.int())
             place_TK = _queue(kept_TE, ids_TK, B)
         return place_TK, keep_TK  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-_POSITIONS = 2**31 - 1
-"""More than a sequence has, whatever it is padded to."""
 
 
 def _queue(chosen_TE: Tensor, ids_TK: Tensor, B: int) -> Tensor:

@@ -19,59 +19,43 @@ from moetrain import comm
 from moetrain.config import config
 from moetrain.moe import rows
 from moetrain.moe.rows import gather, gather_sum, inverse
-from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One all-to-all, and the order of its rows for what comes after."""
+
+    send: list[int]  # rows to and from each rank of the group
+    recv: list[int]
+    order: tuple[Tensor, Tensor]  # (M,) which arrival comes m-th afterwards, and the inverse (M, 1)
 
 
 @dataclass(frozen=True)
 class Ticket:
-    token_N: Tensor  #  (N,) token of each sent row
-    back_TX: Tensor  #  (T, K*J) sent rows of each token, -1 = none
+    token_N: Tensor  # (N,) token of each sent row
+    back_TX: Tensor  # (T, K*J) sent rows of each token, -1 = none
     ragged: bool
-    arrival: tuple[Tensor, Tensor] | None  # (M,) slot-sorted row of each arrival, and its inverse (M, 1); None alone
-    send: list[int] | None  # rows to and from each peer
-    recv: list[int] | None
+    legs: tuple[Leg, ...]  # () alone
     group: ProcessGroup | None
 
 
 @config(group="dispatcher", name="dropless")
 class Dropless(Dispatcher):
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        *,
-        target_EJ: Tensor,
-        num_slots: int,
-        tokens: Tokens,
-        group: ProcessGroup | None,
-    ) -> tuple[Rows, Ticket]:
-        out = outgoing(routing, target_EJ, num_targets=comm.size(group) * num_slots)
-        token_N, back_TX, weights_N, ragged = out.token_N, out.back_TX, out.weights_N, routing.ragged
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+        group, S = slots.group, slots.num_slots
+        out = outgoing(routing, slots.target_EJ, num_targets=comm.size(group) * S)
         if group is None:
-            ticket = Ticket(token_N, back_TX, ragged, None, None, None, None)
-            offsets_S = out.load_X.cumsum(0, dtype=torch.int32)
-            return Rows(x_TD, token_N, back_TX, offsets_S, weights_N, ragged), ticket
-
-        send_RS = out.load_X.view(-1, num_slots)
+            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None)
+        send_RS = out.load_X.view(-1, S)
         recv_RS = torch.empty_like(send_RS)
         dist.all_to_all_single(recv_RS, send_RS, group=group)
-        send, recv = rows.counts_on_host(send_RS.sum(1), recv_RS.sum(1), num_rows=token_N.numel())
-        sent, M = sum(send), sum(recv)
-        token_N = token_N[:sent]
-        x_ND = gather(x_TD, token_N, back_TX, ragged=ragged)
-        x_MD = comm.all_to_all(x_ND, recv=recv, send=send, group=group)
-        weights_M = comm.all_to_all(weights_N[:sent], recv=recv, send=send, group=group)
-        index_M, arrive_M1 = rows.regroup(recv_RS, num_rows=M)
-        ticket = Ticket(token_N, back_TX, ragged, (index_M, arrive_M1), send, recv, group)
-        offsets_S = recv_RS.sum(0).cumsum(0, dtype=torch.int32)
-        return Rows(x_MD, index_M, arrive_M1, offsets_S, gather(weights_M, index_M, arrive_M1)), ticket
+        send, recv = rows.counts_on_host(send_RS.sum(1), recv_RS.sum(1), num_rows=out.token_N.numel())
+        leg = Leg(send, recv, rows.regroup(recv_RS, num_rows=sum(recv)))
+        return travel(x_TD, out, (leg,), load_RS=recv_RS, group=group)
 
     def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        if ticket.arrival is not None:
-            index_M, arrive_M1 = ticket.arrival
-            y_MD = gather_sum(y_MD, index_M, arrive_M1)
-            y_MD = comm.all_to_all(y_MD, recv=ticket.send, send=ticket.recv, group=ticket.group)
-        return gather_sum(y_MD, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)
+        return back(y_MD, ticket)
 
 
 @dataclass(frozen=True)
@@ -82,6 +66,7 @@ class Outgoing:
     back_TX: Tensor  #   (T, K*J) where each token's lie, -1 = none
     weights_N: Tensor  # (N,) combine weights
     load_X: Tensor  #    (targets,) int64 how many go to each
+    ragged: bool  #      whether some go to nobody
 
 
 def outgoing(routing: Routing, target_EJ: Tensor, *, num_targets: int) -> Outgoing:
@@ -97,4 +82,32 @@ def outgoing(routing: Routing, target_EJ: Tensor, *, num_targets: int) -> Outgoi
         back_N = torch.where(none_N, -1, back_N)  # pyright: ignore[reportPossiblyUnboundVariable]
     load_X = target_N.new_zeros(num_targets).scatter_(0, target_EJ.flatten(), routing.load_E.repeat_interleave(J))
     weights_N = gather(routing.weights_TK.flatten(), order_N // J, back_N.view(-1, J), ragged=routing.ragged)
-    return Outgoing(order_N // (K * J), back_N.view(T, K * J), weights_N, load_X)
+    return Outgoing(order_N // (K * J), back_N.view(T, K * J), weights_N, load_X, routing.ragged)
+
+
+def travel(
+    x_TD: Tensor, out: Outgoing, legs: tuple[Leg, ...], *, load_RS: Tensor, group: ProcessGroup | None
+) -> tuple[Rows, Ticket]:
+    """Rows and weights over each leg in turn, none where a rank is alone; ``load_RS`` comes from each rank per slot."""
+    offsets_S = load_RS.sum(0).cumsum(0, dtype=torch.int32)
+    if not legs:
+        ticket = Ticket(out.token_N, out.back_TX, out.ragged, (), None)
+        return Rows(x_TD, out.token_N, out.back_TX, offsets_S, out.weights_N, out.ragged), ticket
+    sent = sum(legs[0].send)
+    token_N, weights_M = out.token_N[:sent], out.weights_N[:sent]
+    x_MD = gather(x_TD, token_N, out.back_TX, ragged=out.ragged)
+    for i, leg in enumerate(legs):
+        if i:
+            x_MD = gather(x_MD, *legs[i - 1].order)
+        x_MD = comm.all_to_all(x_MD, recv=leg.recv, send=leg.send, group=group)
+        weights_M = gather(comm.all_to_all(weights_M, recv=leg.recv, send=leg.send, group=group), *leg.order)
+    ticket = Ticket(token_N, out.back_TX, out.ragged, legs, group)
+    return Rows(x_MD, *legs[-1].order, offsets_S, weights_M), ticket
+
+
+def back(y_MD: Tensor, ticket: Ticket) -> Tensor:
+    """The same way back: (M, D) results -> (T, D), each token's sum."""
+    for leg in reversed(ticket.legs):
+        y_MD = gather_sum(y_MD, *leg.order)
+        y_MD = comm.all_to_all(y_MD, recv=leg.send, send=leg.recv, group=ticket.group)
+    return gather_sum(y_MD, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)

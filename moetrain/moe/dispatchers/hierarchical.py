@@ -14,9 +14,6 @@ over each; backward the same. One host sync, of all four sides' counts. On one n
 own, or where nodes do not hold whole runs of the expert group, it is one all-to-all: dropless.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -24,27 +21,8 @@ from moetrain import comm, world
 from moetrain.config import UserError, config, replace
 from moetrain.layouts import divisors
 from moetrain.moe import rows
-from moetrain.moe.dispatchers.dropless import outgoing
-from moetrain.moe.rows import gather, gather_sum
-from moetrain.moe.types import Dispatcher, Routing, Rows, Tokens
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One all-to-all, and the order of its rows for what comes after."""
-
-    send: list[int]  # rows to and from each rank of the group
-    recv: list[int]
-    order: tuple[Tensor, Tensor]  # (M,) which arrival comes m-th afterwards, and the inverse (M, 1)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    token_N: Tensor  # (N,) token of each sent row
-    back_TX: Tensor  # (T, K*J) sent rows of each token, -1 = none
-    ragged: bool
-    legs: tuple[Leg, ...]  # () alone
-    group: ProcessGroup | None
+from moetrain.moe.dispatchers.dropless import Leg, Ticket, back, outgoing, travel
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
 
 
 @config(group="dispatcher", name="hierarchical")
@@ -77,25 +55,15 @@ class Hierarchical(Dispatcher):
         fits = [d for d in divisors(ranks) if 1 < d < ranks]
         return replace(self, ranks_per_node=ranks if was <= P else fits[0] if P > 1 and fits else 1)
 
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        routing: Routing,
-        *,
-        target_EJ: Tensor,
-        num_slots: int,
-        tokens: Tokens,
-        group: ProcessGroup | None,
-    ) -> tuple[Rows, Ticket]:
-        R, S, ragged = comm.size(group), num_slots, routing.ragged
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+        group, S = slots.group, slots.num_slots
+        R = comm.size(group)
         P = self._on_a_node(R)
         H = R // P  # nodes (hosts)
-        peer_EJ = target_EJ // S
-        out = outgoing(routing, (peer_EJ % P * H + peer_EJ // P) * S + target_EJ % S, num_targets=R * S)
+        peer_EJ = slots.target_EJ // S
+        out = outgoing(routing, (peer_EJ % P * H + peer_EJ // P) * S + slots.target_EJ % S, num_targets=R * S)
         if group is None:
-            ticket = Ticket(out.token_N, out.back_TX, ragged, (), None)
-            offsets_S = out.load_X.cumsum(0, dtype=torch.int32)
-            return Rows(x_TD, out.token_N, out.back_TX, offsets_S, out.weights_N, ragged), ticket
+            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None)
 
         node, local = divmod(comm.rank(group), P)
         near, far = range(node * P, (node + 1) * P), range(local, R, P)
@@ -115,23 +83,10 @@ class Hierarchical(Dispatcher):
             legs = Leg(_of_all(R, near, send), _of_all(R, near, held), transit), Leg(on, recv, arrival)
         else:
             legs = (Leg(send, held, rows.regroup(recv_RS, num_rows=sum(held))),)
-
-        token_N = out.token_N[: sum(send)]
-        x_MD, weights_M = gather(x_TD, token_N, out.back_TX, ragged=ragged), out.weights_N[: sum(send)]
-        for leg in legs:
-            if leg is not legs[0]:
-                x_MD = gather(x_MD, *legs[0].order)
-            x_MD = comm.all_to_all(x_MD, recv=leg.recv, send=leg.send, group=group)
-            weights_M = gather(comm.all_to_all(weights_M, recv=leg.recv, send=leg.send, group=group), *leg.order)
-        offsets_S = recv_RS.sum(0).cumsum(0, dtype=torch.int32)
-        ticket = Ticket(token_N, out.back_TX, ragged, legs, group)
-        return Rows(x_MD, *legs[-1].order, offsets_S, weights_M), ticket
+        return travel(x_TD, out, legs, load_RS=recv_RS, group=group)
 
     def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        for leg in reversed(ticket.legs):
-            y_MD = gather_sum(y_MD, *leg.order)
-            y_MD = comm.all_to_all(y_MD, recv=leg.send, send=leg.recv, group=ticket.group)
-        return gather_sum(y_MD, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)
+        return back(y_MD, ticket)
 
     def _on_a_node(self, ranks: int) -> int:
         """Of an expert group's ranks, which are consecutive; all, where one all-to-all will do."""
