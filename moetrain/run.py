@@ -314,8 +314,7 @@ def describe(trainer: Trainer) -> list[str]:
     if trainer.pipeline:
         sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)
         lines.append(f"pipeline {cfg.pipeline.schedule}: {len(trainer.pipeline.stages)} stages of {sizes} layers")
-    if cfg.model.moe_layers and moe.dispatcher.depends_on_layout:
-        lines.append(moe.dispatcher.depends_on_layout)
+    lines += [found.words for found in moe.depends_on_layout if cfg.model.moe_layers]
     for name, corpus in trainer.data.corpora.items():
         lines.append(
             f"corpus {name}: {len(corpus.train):,} training tokens, {len(corpus.valid):,} held out, "

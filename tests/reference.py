@@ -48,14 +48,15 @@ def chosen(P_E: Tensor, top_k: int) -> list[int]:
     return sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k]
 
 
-def switch(logits_BSE: Tensor, *, top_k: int) -> Tensor:
-    """E * sum_e f_e * sum_t P_te, f over all sequences together (unscaled, undivided)."""
+def switch(logits_BSE: Tensor, *, top_k: int, counts: list[int] | None = None) -> Tensor:
+    """E * sum_e f_e * sum_t P_te, f over all sequences together or of ``counts`` (unscaled, undivided)."""
     P_TE = logits_BSE.flatten(0, 1).softmax(-1)
     E = P_TE.shape[1]
-    counts = [0] * E
-    for P_E in P_TE:
-        for e in chosen(P_E, top_k):
-            counts[e] += 1
+    if counts is None:
+        counts = [0] * E
+        for P_E in P_TE:
+            for e in chosen(P_E, top_k):
+                counts[e] += 1
     return sum(E * counts[e] / sum(counts) * P_TE[t, e] for t in range(len(P_TE)) for e in range(E))  # pyright: ignore
 
 

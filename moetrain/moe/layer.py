@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import kernels
+from moetrain import comm, kernels
 from moetrain.config import UserError, config
 from moetrain.moe.attach import attach
 from moetrain.moe.dispatchers.dropless import Dropless
@@ -20,6 +20,7 @@ from moetrain.moe.types import (
     Context,
     Dispatcher,
     GateConfig,
+    LayoutDependence,
     PlacementPolicy,
     Router,
     Routing,
@@ -49,6 +50,12 @@ class MoEConfig:
         """The balance terms that add a loss."""
         return {name: term for name, term in self.balance.items() if type(term).loss is not Balance.loss}
 
+    @property
+    def depends_on_layout(self) -> list[LayoutDependence]:
+        """What of it is not the same run under every layout."""
+        found = [part.depends_on_layout for part in (self.dispatcher, *self.balance.values())]
+        return [x for x in found if x is not None]
+
     def check(self) -> None:
         """Raise ``UserError`` for a router or a balance term that cannot work with these experts."""
         for part in (self.router, *self.balance.values()):
@@ -69,6 +76,7 @@ class MoE(nn.Module):
     """
 
     bias_E: Tensor  #   (E,) saved: what the balance terms have learned
+    lagged_E: Tensor | None  # (E,) int64 saved: the last step's global load, where a balance term lags
     load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
     losses_MJ: Tensor  # (micro-batches, balance terms) unscaled token sums, likewise
     dropped_ME: Tensor  # (micro-batches, E) int64 assignments dropped on this rank, likewise
@@ -79,9 +87,12 @@ class MoE(nn.Module):
         self.cfg, self.dim, self.layer = cfg, dim, layer
         self.group: ProcessGroup | None = None  # the ranks that rows travel among
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
+        self.stage_group: ProcessGroup | None = None  # the ranks that hold the rest of the step's tokens, in this layer
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
         self.terms = cfg.terms
+        lags = any(term.lags for term in self.terms.values())
+        self.register_buffer("lagged_E", torch.zeros(cfg.num_experts, dtype=torch.int64) if lags else None)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 
@@ -141,6 +152,8 @@ class MoE(nn.Module):
         """After ``step``, given its global load (E,) int64: move the bias, plan the next placement."""
         for term in self.cfg.balance.values():
             self.bias_E.copy_(term.bias(self.bias_E, load_E, step=step))
+        if self.lagged_E is not None:
+            self.lagged_E.copy_(load_E)
 
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
@@ -153,6 +166,8 @@ class MoE(nn.Module):
         return routing, False
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
+        if self.terms:
+            tokens = replace(tokens, lagged_E=self.lagged_E, buffered_E=self._so_far(ctx.micro_batch))
         total = None
         for j, term in enumerate(self.terms.values()):
             loss = term.loss(routing, tokens)
@@ -160,6 +175,11 @@ class MoE(nn.Module):
             self.losses_MJ[ctx.micro_batch, j] = loss.detach()
             total = term.coef * loss if total is None else total + term.coef * loss
         return y_TD if total is None else attach(y_TD, total, weight=1.0 / ctx.routed_tokens)
+
+    def _so_far(self, micro_batch: int) -> Tensor | None:
+        if not any(term.buffers for term in self.terms.values()):
+            return None
+        return comm.all_reduce_(self.load_ME[: micro_batch + 1].sum(0), group=self.stage_group)
 
 
 def _mask(routing: Routing, mask_T: Tensor) -> Routing:

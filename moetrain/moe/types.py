@@ -57,6 +57,17 @@ class Tokens:
     sample_B: Tensor | None = None  # (B,) int64 global sample ids
     key: tuple[int, ...] = ()  # seed, step, layer: what random numbers for these tokens are drawn for
     training: bool = True
+    lagged_E: Tensor | None = None  #   (E,) int64 the last step's global load, 0 before the first; for who ``lags``
+    buffered_E: Tensor | None = None  # (E,) int64 this step's so far, over all ranks of the stage; for who ``buffers``
+
+
+@dataclass(frozen=True)
+class LayoutDependence:
+    """What is not the same run under layouts that differ in ``axes``, said to the user."""
+
+    words: str
+    axes: tuple[str, ...]
+    instead: str  # what to set for what is the same
 
 
 @dataclass(frozen=True)
@@ -209,6 +220,20 @@ class Balance:
 
     coef: float = 0.0
 
+    @property
+    def lags(self) -> bool:
+        """Whether the loss is made from the last step's load, which the layer then keeps and saves."""
+        return False
+
+    @property
+    def buffers(self) -> bool:
+        """Whether it is made from this step's load so far: one all-reduce of (E,) a micro-batch, over the stage."""
+        return False
+
+    @property
+    def depends_on_layout(self) -> LayoutDependence | None:
+        return None
+
     def check(self, *, num_experts: int) -> None:
         """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
         return None
@@ -243,9 +268,8 @@ class Dispatcher(ABC):
         return self
 
     @property
-    def depends_on_layout(self) -> str:
-        """What of it is not the same under every layout, in words for the user; "" = nothing."""
-        return ""
+    def depends_on_layout(self) -> LayoutDependence | None:
+        return None
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Any]:

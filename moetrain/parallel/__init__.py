@@ -10,6 +10,7 @@ ranks of tp hold the same elements, those (``plan.py``). Experts need no more: t
 every token's gradient to them.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,8 +89,7 @@ def allocate(model: Transformer, device: torch.device) -> None:
     """From meta to memory, zeros everywhere. A dry run (``memory/``) makes fake tensors from here on."""
     model.to_empty(device=device)
     with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
+        for x in itertools.chain(model.parameters(), model.buffers()):
+            x.zero_()
     for layer in model.moe_layers():
-        layer.bias_E.zero_()
         layer.begin_step(1)

@@ -78,3 +78,5 @@ def place(model: Transformer, mesh: Mesh, *, cfg: ContextConfig) -> None:
             module.context_group, module.ulysses = group, model.ulysses
     for layer in model.moe_layers():
         layer.sequence_group = sequence
+        if any(term.buffers for term in layer.terms.values()):
+            layer.stage_group = mesh.group("dense", "dp", "cp", "tp")

@@ -78,7 +78,7 @@ def _summed_over(trainer: Trainer) -> dict[str, str]:
 
 
 def _stir(trainer: Trainer) -> None:
-    """Move norms, biases and, where a balance term learns it, the expert bias off their constants."""
+    """Move norms, biases, and where a balance term has them the expert bias and the last load off their constants."""
     steered = {
         f"blocks.{x.layer}.moe.bias_E"
         for x in trainer.model.moe_layers()
@@ -94,6 +94,9 @@ def _stir(trainer: Trainer) -> None:
                     key=counter.key("stir", trainer.cfg.seed, name),
                 )  # fmt: skip
                 chunk.tensor.add_(noise)
+        elif name.endswith("lagged_E"):
+            for chunk in logical.chunks:
+                chunk.tensor.copy_(torch.arange(chunk.tensor.numel()) * 7 % 5)
 
 
 def _terms(trainer: Trainer) -> list[str]:

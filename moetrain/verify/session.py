@@ -96,12 +96,13 @@ def verify(layout: Layout, reference: Reference, ranks: Ranks, folder: Path, *, 
 
 def check_comparable(cfg: Config, *, against: Layout) -> None:
     """Raise ``UserError`` where the config itself says that its layout is not the run of the other."""
-    n, words = cfg.layout, cfg.model.moe.dispatcher.depends_on_layout
-    if words and cfg.model.moe_layers and (n.cp, n.tp) != (against.cp, against.tp):
-        raise UserError(
-            f"{words}, and cp={n.cp} tp={n.tp} is not the run of cp={against.cp} tp={against.tp}: compare layouts of "
-            f"the same cp and tp, or set model.moe.dispatcher.scope=sequence"
-        )
+    for found in cfg.model.moe.depends_on_layout if cfg.model.moe_layers else []:
+        here, there = (" ".join(f"{axis}={getattr(n, axis)}" for axis in found.axes) for n in (cfg.layout, against))
+        if here != there:
+            raise UserError(
+                f"{found.words}, and {here} is not the run of {there}: compare layouts of the same "
+                f"{' and '.join(found.axes)}, or set {found.instead}"
+            )
 
 
 def _judged(layout: Layout, report: Report) -> Verdict:

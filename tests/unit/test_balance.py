@@ -17,10 +17,29 @@ from moetrain.moe.types import Balance, Context, Tokens
 B, S, E, K = 3, 6, 6, 2
 LOSSES = [name for name, cls in OPTIONS["balance"].items() if cls.loss is not Balance.loss]  # pyright: ignore
 KEYS = {
+    "switch": [{}, {"scope": "sequence"}, {"scope": "global_lagged"}, {"scope": "global_buffered"}],
     "device": [{}, {"num_groups": 3}, {"num_groups": E}],
     "communication": [{}, {"num_groups": 3, "max_groups": 2}, {"num_groups": E, "max_groups": 2}],
 }
 TRIALS = [(name, keys) for name in LOSSES for keys in KEYS.get(name, [{}])]
+
+
+LOAD = [7, 0, 3, 3, 9, 2]  # of tokens that came before
+
+
+def term_of(name: str, keys: dict) -> Balance:
+    return load({"kind": name} | keys, Balance)
+
+
+def truth_of(name: str, keys: dict):
+    if keys.get("scope", "").startswith("global"):
+        return partial(reference.switch, top_k=K, counts=LOAD)
+    name = "sequence" if keys.get("scope") == "sequence" else name
+    return partial(getattr(reference, name), top_k=K, **{k: v for k, v in keys.items() if k != "scope"})
+
+
+def held(**more) -> Tokens:
+    return Tokens(B, torch.arange(S), lagged_E=torch.tensor(LOAD), buffered_E=torch.tensor(LOAD), **more)
 
 
 def routed(logits_BSE):
@@ -31,9 +50,10 @@ def routed(logits_BSE):
 @pytest.mark.parametrize(("name", "keys"), TRIALS, ids=str)
 def test_every_loss_equals_plain_loops(name, keys) -> None:
     logits = torch.randn(B, S, E, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    got = OPTIONS["balance"][name](**keys).loss(routed(logits), Tokens(B, torch.arange(S)))
+    got = term_of(name, keys).loss(routed(logits), held())
+    assert got is not None
     (grad,) = torch.autograd.grad(got, logits)
-    want = getattr(reference, name)(logits, top_k=K, **keys)
+    want = truth_of(name, keys)(logits)
     (want_grad,) = torch.autograd.grad(want, logits)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-12)
@@ -46,12 +66,11 @@ def test_padding_counts_nowhere(name, keys) -> None:
     mask[1, 4:] = False
     routing = routed(logits)
     routing = replace(routing, ids_TK=torch.where(mask.flatten()[:, None], routing.ids_TK, -1), ragged=True)
-    term, truth = OPTIONS["balance"][name](**keys), partial(getattr(reference, name), top_k=K, **keys)
-    got = term.loss(routing, Tokens(B, torch.arange(S), mask_T=mask.flatten()))
-    if name in ("switch", "device", "communication"):  # one scope: the real tokens of all sequences
-        want = truth(logits[mask][None])
-    else:
-        want = sum(truth(x[m][None]) for x, m in zip(logits, mask, strict=True))
+    truth = truth_of(name, keys)
+    got = term_of(name, keys).loss(routing, held(mask_T=mask.flatten()))
+    one_scope = name in ("switch", "device", "communication") and keys.get("scope") != "sequence"
+    parts = [logits[mask]] if one_scope else [x[m] for x, m in zip(logits, mask, strict=True)]
+    want = sum(truth(x[None]) for x in parts)
     torch.testing.assert_close(got, torch.as_tensor(want), rtol=1e-12, atol=1e-12)
 
 
@@ -67,6 +86,15 @@ def test_even_load_costs_the_number_of_tokens() -> None:
     for name in ("switch", "sequence", "device", "communication"):
         loss = OPTIONS["balance"][name]().loss(routing, Tokens(1, torch.arange(S)))
         assert loss.item() == pytest.approx(E)
+
+
+def test_before_the_first_step_a_lagging_loss_presses_nowhere() -> None:
+    logits = torch.randn(B, S, E, dtype=torch.float64).requires_grad_()
+    term = term_of("switch", {"scope": "global_lagged"})
+    loss = term.loss(routed(logits), Tokens(B, torch.arange(S), lagged_E=torch.zeros(E, dtype=torch.int64)))
+    assert loss is not None
+    assert loss.item() == pytest.approx(B * S)
+    assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-15
 
 
 def test_expert_bias_moves_against_the_load() -> None:

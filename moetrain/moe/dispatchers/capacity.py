@@ -27,7 +27,7 @@ from moetrain import comm, counter
 from moetrain.config import UserError, config
 from moetrain.moe import draw
 from moetrain.moe.rows import gather, gather_sum
-from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+from moetrain.moe.types import Dispatcher, LayoutDependence, Routing, Rows, Slots, Tokens
 
 
 class Scope(Enum):
@@ -73,9 +73,13 @@ class Capacity(Dispatcher):
             )
 
     @property
-    def depends_on_layout(self) -> str:
-        local = self.scope is Scope.local
-        return "model.moe.dispatcher.scope=local counts each rank's own tokens: drops depend on cp and tp" * local
+    def depends_on_layout(self) -> LayoutDependence | None:
+        if self.scope is not Scope.local:
+            return None
+        return LayoutDependence(
+            "model.moe.dispatcher.scope=local counts each rank's own tokens: drops depend on cp and tp",
+            axes=("cp", "tp"), instead="model.moe.dispatcher.scope=sequence",
+        )  # fmt: skip
 
     def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
         group, num_slots = slots.group, slots.num_slots
