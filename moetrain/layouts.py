@@ -21,12 +21,12 @@ _NO_AXIS = ("replicate",)  # how dp is stored, not another way to split the work
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a model that a layout has to divide. ``num_experts`` = 0: no MoE layer."""
+    """The numbers of a model that a layout has to divide."""
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    num_experts: int = 0
+    experts: tuple[int, ...] = ()  # the different numbers of experts that its MoE layers have, ascending
     ulysses: bool = False  # context parallelism deals heads, not keys and values
 
 
@@ -249,9 +249,11 @@ def _model_rule(layout: Layout, shape: ModelShape) -> str | None:
             f"layout.cp={n.cp} does not divide model.num_heads / layout.tp = {heads} / {n.tp} = {each}, as ulysses "
             f"needs: use one of {divisors(each)} or context.method=allgather"
         )
-    if shape.num_experts and shape.num_experts % n.ep:
-        return (
-            f"layout.ep={n.ep} does not divide model.moe.num_experts={shape.num_experts}: use one of "
-            f"{divisors(shape.num_experts)}"
-        )
+    for experts in shape.experts:
+        if experts % n.ep:
+            key = "num_experts=" if len(shape.experts) == 1 else "per_layer.experts: "
+            return (
+                f"layout.ep={n.ep} does not divide model.moe.{key}{experts}: use one of "
+                f"{divisors(math.gcd(*shape.experts))}"
+            )
     return None

@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moetrain import __version__, comm, kernels
 from moetrain import config as configs
@@ -16,6 +17,7 @@ from moetrain.config import UserError
 from moetrain.evaluate import Score, bigram_score
 from moetrain.job import Config, checkpoints, find_resume, open_data
 from moetrain.model.flops import flops_per_token, size
+from moetrain.model.transformer import ModelConfig
 from moetrain.telemetry.alerts import Action, Alerts
 from moetrain.telemetry.hardware import peak_flops
 from moetrain.telemetry.health import Health, Reading
@@ -114,10 +116,9 @@ class _Loop:
         self.flops = flops_per_token(cfg.model, seq_len=cfg.train.seq_len)
         self.peak = peak_flops(trainer.world.device, trainer.dtype)
         self.terms = list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
-        moe_layers = cfg.model.moe_layers if cfg.health.enabled else []
-        self.health = (
-            Health(cfg.health, layers=moe_layers, moe=cfg.model.moe, mesh=trainer.mesh) if moe_layers else None
-        )
+        self.moe_layers = dict(zip(cfg.model.moe_layers, cfg.model.moe_configs, strict=True))
+        healthy = bool(self.moe_layers) and cfg.health.enabled
+        self.health = Health(cfg.health, layers=self.moe_layers, mesh=trainer.mesh) if healthy else None
         self.alerts = Alerts(cfg.health.alerts)
         self.stopped_by: str | None = None  # the alert that ends the run
         self.last: StepResult | None = None
@@ -218,7 +219,7 @@ class _Loop:
         """On a terminal, a picture of the load of late: layers x experts."""
         if self.main and self.health and self.last and self.cfg.logging.heat_map and sys.stdout.isatty():
             self.bar.close()
-            print("\n".join(heat_map(self.health.smooth_LE.tolist(), self.cfg.model.moe_layers)), flush=True)
+            print("\n".join(heat_map(self._by_layer(self.health.smooth_LE))), flush=True)
 
     def validate(self) -> dict[str, Score]:
         self.flush()
@@ -248,7 +249,7 @@ class _Loop:
             )
             self.log.info(path.read_text().rstrip())
             return
-        loads = self._loads(self.last) if self.last else []
+        loads = self._by_layer(self.last.load_LE) if self.last else []
         scores = self.validate()
         if self.main:
             lines = self._summary(scores, loads)
@@ -261,8 +262,10 @@ class _Loop:
         if self.metrics:
             self.metrics.close()
 
-    def _loads(self, result: StepResult) -> list[tuple[int, list[int]]]:
-        return list(zip(self.cfg.model.moe_layers, result.load_LE.tolist(), strict=True))
+    def _by_layer(self, x_LE: Tensor) -> list[tuple[int, list]]:
+        """Of each MoE layer its number and the numbers of its experts, on the host."""
+        rows = zip(self.moe_layers.items(), x_LE.tolist(), strict=True)
+        return [(layer, row[: moe.num_experts]) for (layer, moe), row in rows]
 
     def _summary(self, scores: dict[str, Score], loads: list[tuple[int, list[int]]]) -> list[str]:
         records = [json.loads(line) for line in (self.cfg.run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -290,6 +293,17 @@ class _Loop:
         return lines
 
 
+def _layers(cfg: ModelConfig) -> str:
+    """The MoE layers in words: how many of which numbers."""
+    experts, top_k = ([f(moe) for moe in cfg.moe_configs] for f in (lambda x: x.num_experts, lambda x: x.router.top_k))
+    span = lambda found: str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"  # noqa: E731
+    if not experts:
+        return "no MoE layer"
+    early = cfg.moe.per_layer
+    first = f" (before step {early.early_steps}: {early.early_top_k} in the first)" if early.early_steps else ""
+    return f"{len(experts)} MoE layers of {span(experts)} experts, top-{span(top_k)}{first}"
+
+
 def _rows(numbers: list[float], width: int) -> list[list[float]]:
     return [numbers[i : i + width] for i in range(0, len(numbers), width)]
 
@@ -308,8 +322,7 @@ def describe(trainer: Trainer) -> list[str]:
     where = f"{world.size} rank(s) on {world.device.type}" + (f" over {world.backend}" if world.backend else "")
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {where}, layout {trainer.mesh.layout}",
-        f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts, "
-        f"top-{moe.router.top_k}; kernel {why}",
+        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}",
     ]
     if trainer.pipeline:
         sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)

@@ -34,7 +34,7 @@ class StepResult:
 
     loss: Tensor  #      () this rank's share of the step's loss: its token sum over the global count
     norm: Tensor  #      () global gradient norm before clipping
-    load_LE: Tensor  #   (MoE layers of the model, E) int64 global assignments
+    load_LE: Tensor  #   (MoE layers of the model, E) int64 global assignments; zeros where a layer has fewer experts
     dropped: Tensor  #   () int64 assignments dropped on this rank
     balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
 
@@ -160,12 +160,14 @@ class Trainer:
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
-        load_LE = torch.zeros(len(every), moe.num_experts, dtype=torch.int64, device=loss.device)
-        for layer in layers:
-            load_LE[every.index(layer.layer)] = layer.load_ME.sum(0)
+        experts = {i: x.num_experts for i, x in zip(every, self.cfg.model.moe_configs, strict=True)}
+        load_LE = torch.zeros(len(every), max(experts.values(), default=0), dtype=torch.int64, device=loss.device)
+        loads = {layer: load_LE[every.index(layer.layer), : experts[layer.layer]] for layer in layers}
+        for layer, load_E in loads.items():
+            load_E.copy_(layer.load_ME.sum(0))
         comm.all_reduce_(load_LE, group=self.all_ranks)
-        for layer in layers:
-            layer.end_step(load_LE[every.index(layer.layer)], step=self.steps)
+        for layer, load_E in loads.items():
+            layer.end_step(load_E, step=self.steps)
         dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
         balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
         return StepResult(loss, norm, load_LE, dropped, balance_J)

@@ -133,9 +133,9 @@ def _describe(layout: Layout, shape: ModelShape, *, node: int, everything: bool)
     nodes = -(-world // node)
     yield f"layout {layout}: {_count(world, 'rank')} on {_count(nodes, 'node')} of {node}"
     yield _fold_line(layout)
-    if shape.num_experts:
+    for experts in shape.experts:
         part = f"1/{layout.etp} of each of " if layout.etp > 1 else ""
-        yield f"{shape.num_experts} experts, a rank holds {part}{shape.num_experts // layout.ep}"
+        yield f"{experts} experts, a rank holds {part}{experts // layout.ep}"
     shown = range(nodes) if everything or world <= _SHORT or nodes <= 2 else (0, nodes - 1)
     rows = [_header(layout, shape)]
     rows += [_row(layout, shape, r) for n in shown for r in range(n * node, min(n * node + node, world))]
@@ -160,15 +160,15 @@ def _fold_line(layout: Layout) -> str:
 
 
 def _header(layout: Layout, shape: ModelShape) -> tuple[str, ...]:
-    more = ["replica"] * (layout.replicate > 1) + ["experts"] * (shape.num_experts > 0)
+    more = ["replica"] * (layout.replicate > 1) + ["experts"] * len(shape.experts)
     return ("rank", "|", *views(layout)["dense"], "|", *views(layout)["moe"], *(["|", *more] if more else []))
 
 
 def _row(layout: Layout, shape: ModelShape, rank: int) -> tuple[str, ...]:
     dense, moe, fsdp = (coordinates(views(layout)[name], rank) for name in ("dense", "moe", "fsdp"))
     more = [str(fsdp["replicate"])] * (layout.replicate > 1)
-    if shape.num_experts:
-        each = shape.num_experts // layout.ep
+    for experts in shape.experts:
+        each = experts // layout.ep
         first = moe["ep"] * each
         more.append(str(first) if each == 1 else f"{first}-{first + each - 1}")
     cells = ("|", *map(str, dense.values()), "|", *map(str, moe.values()), *(["|", *more] if more else []))

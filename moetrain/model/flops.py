@@ -8,7 +8,7 @@ from moetrain.model.transformer import ModelConfig
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts; active = those one token's forward uses (router.top_k of the routed experts)."""
+    """Parameter counts; active = those one token's forward uses (top-k of the routed experts, as training ends)."""
 
     total: int
     active: int
@@ -29,15 +29,16 @@ def size(cfg: ModelConfig) -> Size:
     shared = (3 * D * moe.shared_hidden + (D if moe.shared_gate else 0)) if moe.shared_hidden else 0
     num_moe = len(cfg.moe_layers)
     num_dense = cfg.num_layers - num_moe
-    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
-    common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * (gate + shared)
+    gates = sum(x.gate.num_parameters(dim=D, num_experts=x.num_experts) for x in cfg.moe_configs)
+    held, used = (sum(n) for n in zip((0, 0), *((x.num_experts, x.router.top_k) for x in cfg.moe_configs), strict=True))
+    common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * shared + gates
     small = cfg.num_layers * (norms + bias) + D
     head = cfg.vocab_size * D
     embeddings = head if cfg.tie_embeddings else 2 * head
-    matmul = common + num_moe * moe.router.top_k * expert + head
+    matmul = common + used * expert + head
     return Size(
-        total=common + small + num_moe * moe.num_experts * expert + embeddings,
-        active=common + small + num_moe * moe.router.top_k * expert + embeddings,
+        total=common + small + held * expert + embeddings,
+        active=common + small + used * expert + embeddings,
         matmul=matmul,
     )
 
@@ -57,12 +58,10 @@ def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
     which every layer has alike."""
     D, H = cfg.dim, cfg.width_of_heads
     attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
-    moe = cfg.moe
-    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
-    routed = 2 * (gate + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
-    costs: dict[int | str, float] = {
-        i: attention + (routed if cfg.is_moe(i) else 6 * D * cfg.dense_hidden) for i in range(cfg.num_layers)
-    }
+    costs: dict[int | str, float] = {i: attention + 6 * D * cfg.dense_hidden for i in range(cfg.num_layers)}
+    for i, moe in zip(cfg.moe_layers, cfg.moe_configs, strict=True):
+        gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
+        costs[i] = attention + 2 * (gate + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
     return costs | {"embedding": D, "head": 2 * (D + 3) * cfg.vocab_size}
 
 

@@ -64,6 +64,8 @@ class ModelConfig:
             )
         if self.moe_every < 1:
             raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
+        moe = self.moe
+        moe.per_layer.check(num_layers=len(self.moe_layers), num_experts=moe.num_experts, top_k=moe.router.top_k)
 
     @property
     def width_of_heads(self) -> int:
@@ -75,6 +77,11 @@ class ModelConfig:
     @property
     def moe_layers(self) -> list[int]:
         return [i for i in range(self.num_layers) if self.is_moe(i)]
+
+    @property
+    def moe_configs(self) -> list[MoEConfig]:
+        """That of each MoE layer."""
+        return [self.moe.at(i) for i in range(len(self.moe_layers))]
 
     def padded_vocab(self, multiple: int = 1) -> int:
         """Rows of the embedding in memory. The rows past ``vocab_size`` are never predicted, trained or saved."""
@@ -121,7 +128,8 @@ class Block(nn.Module):
             cfg.dim, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads, head_dim=cfg.width_of_heads,
             qk_norm=cfg.qk_norm, qkv_bias=cfg.qkv_bias, eps=eps,
         )  # fmt: skip
-        self.moe = MoE(cfg.moe, dim=cfg.dim, layer=layer) if cfg.is_moe(layer) else None
+        moe = cfg.moe_configs[cfg.moe_layers.index(layer)] if cfg.is_moe(layer) else None
+        self.moe = None if moe is None else MoE(moe, dim=cfg.dim, layer=layer)
         self.ffn = None if self.moe else SwiGLU(cfg.dim, hidden=cfg.dense_hidden)
         shared = self.moe is not None and cfg.moe.shared_hidden > 0
         self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moetrain import comm, kernels
+from moetrain import config as configs
 from moetrain.config import UserError, config
 from moetrain.moe.attach import attach
 from moetrain.moe.dispatchers.dropless import Dropless
 from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
+from moetrain.moe.per_layer import PerLayer
 from moetrain.moe.placement.static import Static
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import (
@@ -44,11 +46,23 @@ class MoEConfig:
     placement: PlacementPolicy = field(default_factory=Static)
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
+    per_layer: PerLayer = field(default_factory=PerLayer)
 
     @property
     def terms(self) -> dict[str, Balance]:
         """The balance terms that add a loss."""
         return {name: term for name, term in self.balance.items() if type(term).loss is not Balance.loss}
+
+    def at(self, i: int) -> "MoEConfig":
+        """That of the i-th MoE layer: its own numbers in place of lists, but for what it has at first."""
+        p = self.per_layer
+        if p == PerLayer():
+            return self
+        own = PerLayer(early_top_k=p.early_top_k[i : i + 1], early_steps=p.early_steps * (i < len(p.early_top_k)))
+        return configs.replace(
+            self, num_experts=p.experts[i] if p.experts else self.num_experts, per_layer=own,
+            router=configs.replace(self.router, top_k=p.top_k[i]) if p.top_k else self.router,
+        )  # fmt: skip
 
     @property
     def depends_on_layout(self) -> list[LayoutDependence]:
@@ -72,7 +86,7 @@ class MoEConfig:
 class MoE(nn.Module):
     """Experts over ``ep`` ranks of an ``edp`` x ``ep`` grid, each split over ``etp``; alone by default.
 
-    ``parallel/expert.py`` places it.
+    ``parallel/expert.py`` places it. Its config is that of one layer (``MoEConfig.at``).
     """
 
     bias_E: Tensor  #   (E,) saved: what the balance terms have learned
@@ -91,6 +105,8 @@ class MoE(nn.Module):
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
         self.terms = cfg.terms
+        early = cfg.per_layer.early_top_k
+        self.early_router = configs.replace(cfg.router, top_k=early[0]) if early else cfg.router
         lags = any(term.lags for term in self.terms.values())
         self.register_buffer("lagged_E", torch.zeros(cfg.num_experts, dtype=torch.int64) if lags else None)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
@@ -157,7 +173,8 @@ class MoE(nn.Module):
 
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
-        router, chosen = self.cfg.router, ctx.chosen
+        early, chosen = ctx.step < self.cfg.per_layer.early_steps, ctx.chosen
+        router = self.early_router if early else self.cfg.router
         if chosen is not None and self.layer in chosen:
             return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
         routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)

@@ -30,7 +30,7 @@ def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
     """The numbers of a model that a layout has to divide."""
     return ModelShape(
         num_layers=cfg.num_layers, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads,
-        num_experts=cfg.moe.num_experts if cfg.moe_layers else 0, ulysses=context.method is Method.ulysses,
+        experts=tuple(sorted({moe.num_experts for moe in cfg.moe_configs})), ulysses=context.method is Method.ulysses,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ def place(model: Transformer, mesh: Mesh, *, dtype: torch.dtype) -> Plan:
     for layer in model.moe_layers():
         layer.place(edp=n.edp, ep=n.ep, etp=n.etp, rank=rank, group=group)
         layer.to(dtype)
-        moe, ids = model.cfg.moe, tuple(layer.placement.slots_of(rank))
+        moe, ids = layer.cfg, tuple(layer.placement.slots_of(rank))
         shapes = {"gate_up": (2, moe.hidden, model.cfg.dim), "down": (model.cfg.dim, moe.hidden)}
         for weight, shape in shapes.items():  # hidden is the dimension before last of one, the last of the other
             held = Held((moe.num_experts, *shape), 2, part * layer.width, ids)

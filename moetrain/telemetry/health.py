@@ -7,7 +7,8 @@ rank with a NaN is known too. Between logging steps there is no collective and n
 averaged on the device from the load that a step all-reduces anyway.
 
 Shape letters:
-    L MoE layers of the model   E experts   R ranks   G ranks of a stage's edp x ep grid   P pairs of experts
+    L MoE layers of the model   E experts, the most of a layer   P pairs of them
+    R ranks   G ranks of a stage's edp x ep grid
 """
 
 import math
@@ -78,11 +79,12 @@ class Reading:
 class Health:
     """Makes a run's readings on one rank. Every rank holds one; nothing of a batch is kept but the smoothed load."""
 
-    def __init__(self, cfg: HealthConfig, *, layers: list[int], moe: MoEConfig, mesh: Mesh) -> None:
-        """``layers``: the numbers of the model's MoE layers, wherever they are."""
-        L, E, n = len(layers), moe.num_experts, mesh.layout
-        P = E * (E - 1) // 2 if cfg.pairs and moe.router.top_k > 1 else 0
-        self.cfg, self.layers, self.mesh = cfg, layers, mesh
+    def __init__(self, cfg: HealthConfig, *, layers: dict[int, MoEConfig], mesh: Mesh) -> None:
+        """``layers``: the model's MoE layers, wherever they are, by their number."""
+        self.cfg, self.layers, self.mesh = cfg, list(layers), mesh
+        self.experts = [moe.num_experts for moe in layers.values()]
+        L, E, n = len(layers), max(self.experts), mesh.layout
+        P = E * (E - 1) // 2 if cfg.pairs and any(moe.router.top_k > 1 for moe in layers.values()) else 0
         self.sizes = {
             "dropped": (L,),
             "bias": (L,),
@@ -91,6 +93,7 @@ class Health:
             "pairs": (L, P),
         }
         self.smooth_LE = torch.zeros(L, E, dtype=torch.float64, device=mesh.device)
+        self.experts_L = torch.tensor(self.experts, device=mesh.device)
 
     def smooth(self, load_LE: Tensor) -> None:
         """After every step, given its global load: on the device, nobody waits."""
@@ -108,7 +111,7 @@ class Health:
             parts["logit"][i, self.mesh.rank] = watch.logit_M.amax()
             parts["rows"][i] = _rows_sent(layer, parts["rows"].shape[1])
             if parts["pairs"].shape[1]:
-                parts["pairs"][i] = watch.pairs_P
+                parts["pairs"][i, : len(watch.pairs_P)] = watch.pairs_P
             if self.mesh.index("moe", "edp", "ep", "etp") == 0:  # one of the ranks that all know it
                 parts["bias"][i] = layer.bias_E.double().norm()
         return flat
@@ -120,9 +123,10 @@ class Health:
         rows_LG, pairs_LP = parts["rows"], parts["pairs"]
         pairs_LP = pairs_LP if pairs_LP.shape[1] else pairs_LP.new_zeros(len(self.layers), 1)
         most_L, place_L = pairs_LP.max(1)
+        smooth_L = self.smooth_LE.sum(1) / self.experts_L
         columns = [
             parts["dropped"], parts["bias"], logit_L, rank_L, rows_LG.amax(1) / rows_LG.mean(1),
-            most_L / pairs_LP.sum(1).clamp_min(1), place_L, self.smooth_LE.amax(1) / self.smooth_LE.mean(1) - 1,
+            most_L / pairs_LP.sum(1).clamp_min(1), place_L, self.smooth_LE.amax(1) / smooth_L - 1,
         ]  # fmt: skip
         return torch.cat([torch.stack([c.double() for c in columns], 1), load_LE.double()], 1)
 
@@ -134,9 +138,10 @@ class Health:
     def read(self, rows: list[list[float]]) -> Reading:
         """``brief``, on the host."""
         layers, load, top_pair, logit_rank = {}, [], [], []
-        for layer, row in zip(self.layers, rows, strict=True):
+        for layer, E, row in zip(self.layers, self.experts, rows, strict=True):
             dropped, bias, logit, rank, overload, pair, place, smooth, *load_E = row
-            total, E = max(1.0, sum(load_E)), len(load_E)
+            load_E = load_E[:E]
+            total = max(1.0, sum(load_E))
             even_E = [x * E / total for x in load_E]
             layers[layer] = {
                 "max_violation": max(even_E) - 1, "smooth_max_violation": smooth,

@@ -21,23 +21,25 @@ SHADES = ((0.05, " "), (0.5, "░"), (1.5, "▒"), (2.5, "▓"))
 """(load / mean load below which a cell has it, shade); above all of them it is full."""
 
 
-def heat_map(load_LE: list[list[float]], layers: list[int], *, columns: int = 100, lines: int = 20) -> list[str]:
-    """Load per layer and expert in any unit -> at most ``lines`` lines of at most ``columns`` characters.
+def heat_map(loads: list[tuple[int, list[float]]], *, columns: int = 100, lines: int = 20) -> list[str]:
+    """(layer, load of its experts in any unit) pairs -> at most ``lines`` lines of at most ``columns`` characters.
 
     A cell that stands for several layers or experts shows the most loaded of them.
     """
-    if not load_LE:
+    if not loads:
         return []
-    E, down = len(load_LE[0]), -(-len(layers) // (lines - 2))
+    layers, load_LE = [layer for layer, _ in loads], [load_E for _, load_E in loads]
+    E, down = max(map(len, load_LE)), -(-len(layers) // (lines - 2))
     label = 8 + len(str(layers[-1])) * (2 if down > 1 else 1) + (down > 1)
     right = -(-E // (columns - label - 3))
     wide = max(1, min(3, (columns - label - 3) // -(-E // right)))
-    even_LE = [[x * E / (sum(load_E) or 1) for x in load_E] for load_E in load_LE]
+    even_LE = [[x * len(load_E) / (sum(load_E) or 1) for x in load_E] for load_E in load_LE]
     cell = f", a cell: the most loaded of {down} x {right}" if down * right > 1 else ""
     found = [f"  load of layers x {E} experts{cell}"]
     for i in range(0, len(layers), down):
         some = even_LE[i : i + down]
-        most = [max(x for row in some for x in row[e : e + right]) for e in range(0, E, right)]
+        there = range(0, max(map(len, some)), right)
+        most = [max(x for row in some for x in row[e : e + right]) for e in there]
         last = layers[min(i + down, len(layers)) - 1]
         name = f"{layers[i]}" if last == layers[i] else f"{layers[i]}-{last}"
         found.append(f"  layer {name:>{label - 8}} {''.join(_shade(x) * wide for x in most)}")

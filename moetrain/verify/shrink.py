@@ -16,6 +16,7 @@ from moetrain.config import UserError
 from moetrain.job import Config
 from moetrain.layouts import divisors
 from moetrain.moe.layer import MoEConfig
+from moetrain.moe.per_layer import PerLayer
 from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
@@ -238,7 +239,8 @@ def _experts(n: Numbers) -> Iterator[_Changes]:
 def _takes(moe: MoEConfig, *, num_experts: int, top_k: int) -> bool:
     """Whether its router and balance terms can work with so many."""
     try:
-        configs.replace(moe, num_experts=num_experts, router=configs.replace(moe.router, top_k=top_k)).check()
+        router = configs.replace(moe.router, top_k=top_k)
+        configs.replace(moe, num_experts=num_experts, router=router, per_layer=PerLayer()).check()
     except UserError:
         return False
     return True
@@ -267,6 +269,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         m.moe, num_experts=n.num_experts, hidden=n.hidden, shared_hidden=n.shared_hidden,
         router=configs.replace(m.moe.router, top_k=n.top_k),
         dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
+        per_layer=_per_layer(m.moe, n),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
     shapes = {name: getattr(n, name) for name in own}
@@ -283,6 +286,26 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         layout=configs.replace(cfg.layout, **{name: getattr(n, name) for name in _AXES}),
         pipeline=configs.replace(cfg.pipeline, stages=None),
     )  # fmt: skip
+
+
+def _per_layer(moe: MoEConfig, n: Numbers) -> PerLayer:
+    """Lists as long as there are MoE layers now, of two numbers: the least of old is the least, the others the next.
+
+    The first step is an early one: its top-k stay different where they fit.
+    """
+    old, layers = moe.per_layer, len(n.moe_layers)
+
+    def resampled(numbers: list[int], length: int) -> list[int]:
+        return [numbers[i * (len(numbers) - 1) // max(1, length - 1)] for i in range(length if numbers else 0)]
+
+    fewer = n.top_k - 1 if n.top_k > 1 and _takes(moe, num_experts=n.num_experts, top_k=n.top_k - 1) else n.top_k
+    early = resampled(old.early_top_k, min(layers, len(old.early_top_k)))
+    return PerLayer(
+        experts=[n.num_experts * (1 + (e > min(old.experts))) for e in resampled(old.experts, layers)],
+        top_k=[n.top_k if k == max(old.top_k) else fewer for k in resampled(old.top_k, layers)],
+        early_top_k=[min(n.top_k + (k > max(old.top_k, default=moe.router.top_k)), n.num_experts) for k in early],
+        early_steps=min(old.early_steps, 1),
+    )
 
 
 def _covered(cfg: Config, n: Numbers) -> list[int] | None:

@@ -46,7 +46,7 @@ LAYOUTS = [
 def readings(rank: int, world: int, cfg: Config) -> list[tuple[Reading, dict[int, int]]]:
     """The health of each step, and how many rows this rank's experts of each layer computed in it, buffers whole."""
     run = trainer(rank, world, cfg)
-    health = Health(cfg.health, layers=cfg.model.moe_layers, moe=cfg.model.moe, mesh=run.mesh)
+    health = Health(cfg.health, layers=dict(zip(cfg.model.moe_layers, cfg.model.moe_configs, strict=True)), mesh=run.mesh)
     names = {layer.experts: layer.layer for layer in run.model.moe_layers()}
     rows: Counter[int] = Counter()
     right = Experts.forward

@@ -47,7 +47,7 @@ def noted(*micro_batches: Routing, dropped: list[int] | None = None, top_k: int 
 
 def reading(layer: MoE, cfg: HealthConfig | None = None) -> Reading:
     mesh = Mesh.build(Layout(dp=1), rank=0, world=1, device=torch.device("cpu"))
-    health = Health(cfg or HealthConfig(), layers=[3], moe=layer.cfg, mesh=mesh)
+    health = Health(cfg or HealthConfig(), layers={3: layer.cfg}, mesh=mesh)
     load_LE = layer.load_ME.sum(0)[None]
     health.smooth(load_LE)
     return health.read(health.brief(health.part([layer]), load_LE).tolist())
@@ -114,7 +114,7 @@ def test_the_smoothed_load_forgets_noise_and_keeps_what_stays() -> None:
 
     def smoothed(loads: list[list[int]]) -> float:
         moe = MoEConfig(num_experts=2, hidden=4)
-        health = Health(HealthConfig(smoothing=0.9), layers=[0], moe=moe, mesh=mesh)
+        health = Health(HealthConfig(smoothing=0.9), layers={0: moe}, mesh=mesh)
         for load_E in loads:
             health.smooth(torch.tensor([load_E]))
         layer = MoE(moe, dim=4, layer=0)
@@ -184,13 +184,18 @@ def test_alerts_on_the_command_line() -> None:
 def test_the_heat_map_fits_and_shows_the_hottest(layers: int, experts: int) -> None:
     load_LE = torch.ones(layers, experts)
     load_LE[-1, -1], load_LE[0, 0] = 10.0 * experts, 0.0
-    lines = heat_map(load_LE.tolist(), list(range(layers)))
+    lines = heat_map(list(enumerate(load_LE.tolist())))
     assert len(lines) <= 20
     assert max(map(len, lines)) <= 100
     assert "█" in lines[-2]
     assert len({len(line) for line in lines[1:-1]}) == 1, "cells stand under each other"
     assert ("most loaded of" in lines[0]) == (layers > 18 or experts > 88)
-    assert heat_map([], []) == []
+    assert heat_map([]) == []
+
+
+def test_a_pyramid_of_layers_is_drawn_as_wide_as_each_is() -> None:
+    lines = heat_map([(1, [1.0, 1.0]), (3, [0.0, 1.0, 1.0, 2.0])])
+    assert [len(line.split(" ", 4)[4]) for line in lines[1:3]] == [6, 12]
 
 
 def small(corpus, folder, *more: str) -> list[str]:

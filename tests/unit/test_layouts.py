@@ -24,7 +24,7 @@ from moetrain.layouts import (
     views,
 )
 
-SMALL = ModelShape(num_layers=4, num_heads=12, num_kv_heads=4, num_experts=8)
+SMALL = ModelShape(num_layers=4, num_heads=12, num_kv_heads=4, experts=(8,))
 COUNTS = {1: 1, 2: 10, 4: 46, 8: 146, 12: 460, 16: 371, 24: 1460}
 
 
@@ -66,7 +66,7 @@ def distance(layout: Layout, to: Layout) -> tuple[int, float]:
     copies=st.integers(1, 3),
     shape=st.builds(
         ModelShape, num_layers=st.integers(1, 8), num_heads=degree, num_kv_heads=degree,
-        num_experts=st.sampled_from([0, 2, 6, 8]), ulysses=st.booleans(),
+        experts=st.sampled_from([(), (2,), (6,), (8,), (4, 6)]), ulysses=st.booleans(),
     ),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)

@@ -47,7 +47,9 @@ def lies_over(n: Layout) -> dict[str, tuple[str, ...]]:
 
 def shape(cfg: Config) -> ModelShape:
     m, ulysses = cfg.model, cfg.context.method is Method.ulysses
-    return ModelShape(m.num_layers, m.num_heads, m.num_kv_heads, m.moe.num_experts if m.moe_layers else 0, ulysses)
+    return ModelShape(
+        m.num_layers, m.num_heads, m.num_kv_heads, tuple(sorted({x.num_experts for x in m.moe_configs})), ulysses
+    )
 
 
 def compare(a: int, b: int) -> str:
