@@ -26,7 +26,7 @@ def size(cfg: ModelConfig) -> Size:
     norms = 2 * D + {QKNorm.none: 0, QKNorm.head: 2 * H, QKNorm.full: q + kv}[cfg.qk_norm]
     moe = cfg.moe
     expert = 3 * D * moe.hidden
-    shared = (3 * D * moe.shared_hidden + (D if moe.shared_gate else 0)) if moe.shared_hidden else 0
+    shared = (3 * D * moe.shared_hidden + D * (2 if moe.residual else moe.shared_gate)) if moe.shared_hidden else 0
     num_moe = len(cfg.moe_layers)
     num_dense = cfg.num_layers - num_moe
     gates = sum(x.gate.num_parameters(dim=D, num_experts=x.num_experts) for x in cfg.moe_configs)

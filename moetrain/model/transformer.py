@@ -90,16 +90,26 @@ class ModelConfig:
 
 
 class SharedExpert(nn.Module):
-    """An expert that every token uses; with a gate, scaled by a sigmoid of the token (Qwen2-MoE, arXiv 2407.10671)."""
+    """An expert that every token uses, beside the routed ones.
 
-    def __init__(self, dim: int, *, hidden: int, gated: bool) -> None:
+    With a gate, scaled by a sigmoid of the token (Qwen2-MoE, arXiv 2407.10671); in residual MoE, it and the routed ones
+    are weighed by a softmax of the token (PR-MoE, arXiv 2201.05596, section 4.1.2).
+    """
+
+    def __init__(self, dim: int, cfg: MoEConfig) -> None:
         super().__init__()
-        self.ffn = SwiGLU(dim, hidden=hidden)
-        self.gate = Linear(dim, 1) if gated else None
+        self.ffn, self.residual = SwiGLU(dim, hidden=cfg.shared_hidden), cfg.residual
+        self.gate = Linear(dim, 2 if cfg.residual else 1) if cfg.residual or cfg.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
+        """(B, S, D) tokens and what the routed experts made of them -> (B, S, D) of all."""
         y = self.ffn(comm.gather(x, dim=1, group=self.ffn.group))
-        return y if self.gate is None else y * self.gate(x).sigmoid()
+        if self.gate is None:
+            return routed + y
+        if not self.residual:
+            return routed + y * self.gate(x).sigmoid()
+        weights = self.gate(x).softmax(-1)
+        return routed * weights[..., 1:] + y * weights[..., :1]
 
 
 class Shared(NamedTuple):
@@ -131,8 +141,7 @@ class Block(nn.Module):
         moe = cfg.moe_configs[cfg.moe_layers.index(layer)] if cfg.is_moe(layer) else None
         self.moe = None if moe is None else MoE(moe, dim=cfg.dim, layer=layer)
         self.ffn = None if self.moe else SwiGLU(cfg.dim, hidden=cfg.dense_hidden)
-        shared = self.moe is not None and cfg.moe.shared_hidden > 0
-        self.shared = SharedExpert(cfg.dim, hidden=cfg.moe.shared_hidden, gated=cfg.moe.shared_gate) if shared else None
+        self.shared = SharedExpert(cfg.dim, cfg.moe) if self.moe is not None and cfg.moe.shared_hidden else None
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
         if self.rerun_all:
@@ -152,7 +161,7 @@ class Block(nn.Module):
     def _routed(self, h_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         assert self.moe is not None
         y_BSD, carry = self.moe(h_BSD, carry, ctx)
-        return (y_BSD if self.shared is None else y_BSD + self.shared(h_BSD)), carry
+        return (y_BSD if self.shared is None else self.shared(h_BSD, y_BSD)), carry
 
     def _normed(
         self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False

@@ -34,12 +34,16 @@ from moetrain.moe.watch import Watch
 
 @config
 class MoEConfig:
-    """``hidden`` is the width of one routed expert; ``shared_hidden`` that of the shared expert, 0 = none."""
+    """``hidden`` is the width of one routed expert; ``shared_hidden`` that of the shared expert, 0 = none.
+
+    ``residual`` weighs the shared and the routed ones by a learned softmax; with top_k=1, that is residual MoE.
+    """
 
     num_experts: int = 8
     hidden: int = 512
     shared_hidden: int = 0
     shared_gate: bool = False
+    residual: bool = False
     kernel: kernels.Kernel = kernels.Kernel.auto
     gate: GateConfig = field(default_factory=LinearGateConfig)
     router: Router = field(default_factory=TopK)
@@ -76,6 +80,11 @@ class MoEConfig:
             part.check(num_experts=self.num_experts)
 
     def __post_init__(self) -> None:
+        if self.residual and (self.shared_gate or not self.shared_hidden):
+            raise UserError(
+                f"model.moe.residual=true with shared_hidden={self.shared_hidden} shared_gate={self.shared_gate}: it "
+                f"weighs a shared expert itself, set shared_hidden above 0 and shared_gate=false"
+            )
         if self.router.top_k > self.num_experts:
             raise UserError(
                 f"model.moe.router.top_k={self.router.top_k} is more than model.moe.num_experts={self.num_experts}: "

@@ -1,5 +1,6 @@
 """A run's pictures; the one file that needs matplotlib."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,11 +81,12 @@ def _balance(found: History, axes: Axes) -> None:
 
 
 def _load(found: History, axes: Axes) -> None:
-    rows, columns = len(found.load_LE), len(found.load_LE[0])
+    rows, columns = len(found.load_LE), max(map(len, found.load_LE))
     hottest = max(max(row) for row in found.load_LE)
     most = min(HOT, max(2.0, hottest))  # one very hot expert would leave the others without colours
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=most)
-    image = axes.imshow(found.load_LE, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    cells = [row + [math.nan] * (columns - len(row)) for row in found.load_LE]  # a layer may have fewer experts
+    image = axes.imshow(cells, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     axes.grid(False)
     every = -(-rows // 24)
     axes.set_yticks(range(0, rows, every), [str(layer) for layer in found.layers[::every]])

@@ -84,8 +84,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _shape(load: list[list[float]]) -> tuple[int, int]:
-    return len(load), len(load[0]) if load else 0
+def _shape(load: list[list[float]]) -> list[int]:
+    return list(map(len, load))
 
 
 def _mean(rows: list[list[float]]) -> list[float]:
