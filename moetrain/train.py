@@ -160,7 +160,7 @@ class Trainer:
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
-        load_LE = torch.zeros(len(every), moe.num_experts, dtype=torch.int64, device=loss.device)
+        load_LE = torch.zeros(len(every), moe.num_choices, dtype=torch.int64, device=loss.device)
         for layer in layers:
             load_LE[every.index(layer.layer)] = layer.load_ME.sum(0)
         comm.all_reduce_(load_LE, group=self.all_ranks)

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from moetrain.model.attention import QKNorm
 from moetrain.model.transformer import ModelConfig
+from moetrain.moe.layer import MoEConfig
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts; active = those one token's forward uses (router.top_k of the routed experts)."""
+    """Parameter counts; active = those one token's forward uses: router.top_k of the routed experts, or, beside
+    zero-computation experts, as many of those top_k as an even load over all choices makes (K E / (E + Z))."""
 
     total: int
     active: int
@@ -29,15 +31,16 @@ def size(cfg: ModelConfig) -> Size:
     shared = (3 * D * moe.shared_hidden + (D if moe.shared_gate else 0)) if moe.shared_hidden else 0
     num_moe = len(cfg.moe_layers)
     num_dense = cfg.num_layers - num_moe
-    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
+    gate = _gate(cfg)
     common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * (gate + shared)
     small = cfg.num_layers * (norms + bias) + D
     head = cfg.vocab_size * D
     embeddings = head if cfg.tie_embeddings else 2 * head
-    matmul = common + num_moe * moe.router.top_k * expert + head
+    used = _used(moe, expert)
+    matmul = common + num_moe * used + head
     return Size(
         total=common + small + num_moe * moe.num_experts * expert + embeddings,
-        active=common + small + num_moe * moe.router.top_k * expert + embeddings,
+        active=common + small + num_moe * used + embeddings,
         matmul=matmul,
     )
 
@@ -58,12 +61,22 @@ def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
     D, H = cfg.dim, cfg.width_of_heads
     attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
     moe = cfg.moe
-    gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
-    routed = 2 * (gate + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
+    routed = 2 * (_gate(cfg) + _used(moe, 3 * D * moe.hidden) + 3 * D * moe.shared_hidden)
     costs: dict[int | str, float] = {
         i: attention + (routed if cfg.is_moe(i) else 6 * D * cfg.dense_hidden) for i in range(cfg.num_layers)
     }
     return costs | {"embedding": D, "head": 2 * (D + 3) * cfg.vocab_size}
+
+
+def _gate(cfg: ModelConfig) -> int:
+    """Parameters of one layer's gate and constant experts, which multiply every token."""
+    moe, D = cfg.moe, cfg.dim
+    return moe.gate.num_parameters(dim=D, num_experts=moe.num_choices) + moe.zero_computation.num_parameters(dim=D)
+
+
+def _used(moe: MoEConfig, expert: int) -> int:
+    """Of ``expert`` parameters each, those that a token meets under even load over all choices."""
+    return moe.router.top_k * expert * moe.num_experts // moe.num_choices
 
 
 def _short(n: int) -> str:

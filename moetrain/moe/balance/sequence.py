@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moetrain import comm
 from moetrain.config import config
-from moetrain.moe.balance.switch import shares
+from moetrain.moe.balance.switch import counted, shares
 from moetrain.moe.types import Balance, Routing, Tokens
 
 
@@ -23,5 +23,5 @@ class Sequence(Balance):
             ids_BX = torch.where(ids_BX < 0, E, ids_BX)
         load_BE = ids_BX.new_zeros(tokens.num_sequences, E + 1).scatter_add_(1, ids_BX, torch.ones_like(ids_BX))[:, :E]
         load_BE = comm.all_reduce_(load_BE.contiguous(), group=tokens.group)
-        f_BE = load_BE.to(routing.scores_TE.dtype) / load_BE.sum(1, keepdim=True).clamp_min(1)
+        f_BE = counted(load_BE, routing) / load_BE.sum(1, keepdim=True).clamp_min(1)
         return E * (shares(routing, tokens.mask_T).view(tokens.num_sequences, -1, E).sum(1) * f_BE).sum()
