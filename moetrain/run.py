@@ -192,7 +192,8 @@ class _Loop:
         numbers = torch.cat(told).tolist()
         n, width = summed.shape
         rows, rest = _rows(numbers[: n * width], width), numbers[n * width :]
-        return rows, rest[:n], health.read(_rows(rest[n:], health.columns)) if health else None
+        tokens = self.pending[-1][0]["tokens"]
+        return rows, rest[:n], health.read(_rows(rest[n:], health.columns), tokens=tokens) if health else None
 
     def _check_finite(self, records: list[dict[str, Any]], reading: Reading | None) -> None:
         """The first step with a loss or norm that is not finite ends the run; so do such logits in the last one."""
@@ -301,15 +302,15 @@ def _due(step: int, every: int) -> bool:
 def describe(trainer: Trainer) -> list[str]:
     """What is about to run, in a few lines."""
     cfg, world = trainer.cfg, trainer.world
-    moe = cfg.model.moe
+    moe, extra = cfg.model.moe, cfg.model.moe.zero_computation
     _, why = kernels.choose(
         moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=-(-moe.hidden // trainer.mesh.layout.etp)
     )
     where = f"{world.size} rank(s) on {world.device.type}" + (f" over {world.backend}" if world.backend else "")
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {where}, layout {trainer.mesh.layout}",
-        f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts, "
-        f"top-{moe.router.top_k}; kernel {why}",
+        f"{size(cfg.model)}; {len(cfg.model.moe_layers)} MoE layers of {moe.num_experts} experts"
+        f"{f' ({extra} more, of zero computation)' if str(extra) else ''}, top-{moe.router.top_k}; kernel {why}",
     ]
     if trainer.pipeline:
         sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)

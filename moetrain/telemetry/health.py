@@ -7,7 +7,8 @@ rank with a NaN is known too. Between logging steps there is no collective and n
 averaged on the device from the load that a step all-reduces anyway.
 
 Shape letters:
-    L MoE layers of the model   E experts   R ranks   G ranks of a stage's edp x ep grid   P pairs of experts
+    L MoE layers of the model   E experts, zero-computation experts last   R ranks
+    G ranks of a stage's edp x ep grid   P pairs of experts
 """
 
 import math
@@ -80,9 +81,9 @@ class Health:
 
     def __init__(self, cfg: HealthConfig, *, layers: list[int], moe: MoEConfig, mesh: Mesh) -> None:
         """``layers``: the numbers of the model's MoE layers, wherever they are."""
-        L, E, n = len(layers), moe.num_experts, mesh.layout
+        L, E, n = len(layers), moe.num_choices, mesh.layout
         P = E * (E - 1) // 2 if cfg.pairs and moe.router.top_k > 1 else 0
-        self.cfg, self.layers, self.mesh = cfg, layers, mesh
+        self.cfg, self.layers, self.mesh, self.num_experts = cfg, layers, mesh, moe.num_experts
         self.sizes = {
             "dropped": (L,),
             "bias": (L,),
@@ -131,19 +132,19 @@ class Health:
         """Of what ``brief`` returns."""
         return _COLUMNS + self.smooth_LE.shape[1]
 
-    def read(self, rows: list[list[float]]) -> Reading:
-        """``brief``, on the host."""
+    def read(self, rows: list[list[float]], *, tokens: int) -> Reading:
+        """``brief``, on the host; ``tokens`` of the step that are not padding."""
         layers, load, top_pair, logit_rank = {}, [], [], []
         for layer, row in zip(self.layers, rows, strict=True):
             dropped, bias, logit, rank, overload, pair, place, smooth, *load_E = row
-            total, E = max(1.0, sum(load_E)), len(load_E)
+            total, E, sent = max(1.0, sum(load_E)), len(load_E), sum(load_E[: self.num_experts])
             even_E = [x * E / total for x in load_E]
             layers[layer] = {
                 "max_violation": max(even_E) - 1, "smooth_max_violation": smooth,
                 "variation": math.sqrt(sum((x - 1) ** 2 for x in even_E) / E), "entropy": _entropy(load_E),
-                "dead": sum(x == 0 for x in load_E), "drop_rate": dropped / total,
+                "dead": sum(x == 0 for x in load_E), "drop_rate": dropped / max(1.0, sent),
                 "overload": 1.0 if math.isnan(overload) else overload, "bias_norm": bias, "largest_logit": logit,
-                "top_pair": pair,
+                "top_pair": pair, "ffn_experts": sent / tokens,
             }  # fmt: skip
             load.append(even_E)
             top_pair.append(pair_at(int(place)))
@@ -158,7 +159,7 @@ class Health:
 
 def _rows_sent(layer: MoE, places: int) -> Tensor:
     """(G,) int64: how many assignments of this rank's tokens each rank of the experts' grid computes."""
-    kept_E = (layer.load_ME - layer.dropped_ME).sum(0)
+    kept_E = (layer.load_ME - layer.dropped_ME).sum(0)[: layer.cfg.num_experts]
     where, span = layer.placement, layer.placement.span
     target_EJ = where.target_EJ(layer.rank, kept_E.device, etp=layer.etp)
     peer_E = target_EJ[:, 0] // (where.num_slots * layer.etp) + layer.rank // span * span
