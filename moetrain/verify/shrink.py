@@ -16,6 +16,7 @@ from moetrain.config import UserError
 from moetrain.job import Config
 from moetrain.layouts import divisors
 from moetrain.moe.layer import MoEConfig
+from moetrain.moe.zero_computation import KINDS, ZeroComputationConfig
 from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
@@ -164,7 +165,7 @@ def _least(found: list[Numbers], key: Callable[[Numbers], Any]) -> list[Numbers]
 
 # ---- the shapes
 
-_Changes = dict[str, int]
+_Changes = dict[str, Any]
 
 
 def _shapes(big: Numbers, n: Numbers) -> Numbers:
@@ -203,7 +204,7 @@ def _loss(n: Numbers, big: Numbers, properties: Iterable[Property]) -> int:
     return sum(p.weight for p in properties if p.value(n) != p.value(big))
 
 
-def _each(**ranges: Iterable[int]) -> Iterator[_Changes]:
+def _each(**ranges: Iterable[Any]) -> Iterator[_Changes]:
     for values in itertools.product(*ranges.values()):
         yield dict(zip(ranges, values, strict=True))
 
@@ -230,18 +231,27 @@ def _layers(n: Numbers) -> Iterator[_Changes]:
 
 
 def _experts(n: Numbers) -> Iterator[_Changes]:
-    for experts in range(n.ep, 16 * n.ep + 1, n.ep):
-        taken = [k for k in range(1, min(experts, 8) + 1) if _takes(n.moe_cfg, num_experts=experts, top_k=k)]
-        yield from _each(num_experts=[experts], top_k=taken)
+    """Of zero-computation experts one or two of each kind, or all where a router or a balance term wants them."""
+    own = n.zero_computation
+    for extra in dict.fromkeys([tuple(min(count, 2) for count in own), own]):
+        for experts in range(n.ep, 16 * n.ep + 1, n.ep):
+            most = min(experts + sum(extra), 8)
+            taken = [k for k in range(1, most + 1) if _takes(n.moe_cfg, num_experts=experts, extra=extra, top_k=k)]
+            yield from _each(num_experts=[experts], top_k=taken, zero_computation=[extra])
 
 
-def _takes(moe: MoEConfig, *, num_experts: int, top_k: int) -> bool:
+def _takes(moe: MoEConfig, *, num_experts: int, extra: tuple[int, ...], top_k: int) -> bool:
     """Whether its router and balance terms can work with so many."""
+    router = configs.replace(moe.router, top_k=top_k)
     try:
-        configs.replace(moe, num_experts=num_experts, router=configs.replace(moe.router, top_k=top_k)).check()
+        configs.replace(moe, num_experts=num_experts, zero_computation=_counts(moe, extra), router=router).check()
     except UserError:
         return False
     return True
+
+
+def _counts(moe: MoEConfig, extra: tuple[int, ...]) -> ZeroComputationConfig:
+    return configs.replace(moe.zero_computation, **dict(zip(KINDS, extra, strict=True)))
 
 
 def _batch(n: Numbers) -> Iterator[_Changes]:
@@ -265,7 +275,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
     m = cfg.model
     moe = configs.replace(
         m.moe, num_experts=n.num_experts, hidden=n.hidden, shared_hidden=n.shared_hidden,
-        router=configs.replace(m.moe.router, top_k=n.top_k),
+        router=configs.replace(m.moe.router, top_k=n.top_k), zero_computation=_counts(m.moe, n.zero_computation),
         dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
