@@ -242,9 +242,9 @@ def _experts(n: Numbers) -> Iterator[_Changes]:
 
 def _takes(moe: MoEConfig, *, num_experts: int, extra: tuple[int, ...], top_k: int) -> bool:
     """Whether its router and balance terms can work with so many."""
-    router = configs.replace(moe.router, top_k=top_k)
     try:
-        configs.replace(moe, num_experts=num_experts, zero_computation=_counts(moe, extra), router=router).check()
+        router, counts = configs.replace(moe.router, top_k=top_k), _counts(moe, extra)
+        configs.replace(moe, num_experts=num_experts, router=router, zero_computation=counts).check()
     except UserError:
         return False
     return True
