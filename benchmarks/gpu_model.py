@@ -81,7 +81,7 @@ def measure(trainer: Trainer, *, micro_batch: int, deterministic: bool, steps: i
     rate = cfg.train.batch * cfg.train.seq_len / seconds
     flops = flops_per_token(cfg.model, seq_len=cfg.train.seq_len)
     peak = peak_flops(device, torch.bfloat16)
-    load_LE = result.load_LE.view(-1, cfg.model.moe.num_experts).double()
+    load_LE = result.load_LE.view(-1, cfg.model.moe.num_choices).double()
     counts = size(cfg.model)
     memory = {}
     if device.type == "cuda":

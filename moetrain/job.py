@@ -124,8 +124,8 @@ def check(cfg: Config, *, world: int) -> Layout:
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
     parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
     parallelism.recompute.check(cfg.recompute, cfg.model)
-    if cfg.model.moe_layers:
-        cfg.model.moe.check()
+    for moe in cfg.model.moe_configs:
+        moe.check()
     t, ramp = cfg.train, cfg.train.ramp
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}

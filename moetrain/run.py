@@ -193,7 +193,8 @@ class _Loop:
         numbers = torch.cat(told).tolist()
         n, width = summed.shape
         rows, rest = _rows(numbers[: n * width], width), numbers[n * width :]
-        return rows, rest[:n], health.read(_rows(rest[n:], health.columns)) if health else None
+        tokens = self.pending[-1][0]["tokens"]
+        return rows, rest[:n], health.read(_rows(rest[n:], health.columns), tokens=tokens) if health else None
 
     def _check_finite(self, records: list[dict[str, Any]], reading: Reading | None) -> None:
         """The first step with a loss or norm that is not finite ends the run; so do such logits in the last one."""
@@ -265,7 +266,7 @@ class _Loop:
     def _by_layer(self, x_LE: Tensor) -> list[tuple[int, list]]:
         """Of each MoE layer its number and the numbers of its experts, on the host."""
         rows = zip(self.moe_layers.items(), x_LE.tolist(), strict=True)
-        return [(layer, row[: moe.num_experts]) for (layer, moe), row in rows]
+        return [(layer, row[: moe.num_choices]) for (layer, moe), row in rows]
 
     def _summary(self, scores: dict[str, Score], loads: list[tuple[int, list[int]]]) -> list[str]:
         records = [json.loads(line) for line in (self.cfg.run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -299,9 +300,10 @@ def _layers(cfg: ModelConfig) -> str:
     span = lambda found: str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"  # noqa: E731
     if not experts:
         return "no MoE layer"
-    early = cfg.moe.per_layer
+    early, extra = cfg.moe.per_layer, cfg.moe.zero_computation
+    more = f" ({extra} more, of zero computation)" if str(extra) else ""
     first = f" (before step {early.early_steps}: {early.early_top_k} in the first)" if early.early_steps else ""
-    return f"{len(experts)} MoE layers of {span(experts)} experts, top-{span(top_k)}{first}"
+    return f"{len(experts)} MoE layers of {span(experts)} experts{more}, top-{span(top_k)}{first}"
 
 
 def _rows(numbers: list[float], width: int) -> list[list[float]]:

@@ -69,7 +69,8 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
     stages = cfg.pipeline.stages_of(at, pp=layout.pp) if layout.pp > 1 else [0]
     with _alone_in(world, rank) as here, contextlib.ExitStack() as stack:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        for owner, name, new in _swaps(fake, stack, imbalance, gpu, t.dtype.torch):
+        sent = cfg.model.moe.num_experts / cfg.model.moe.num_choices
+        for owner, name, new in _swaps(fake, stack, sent, imbalance, gpu, t.dtype.torch):
             stack.enter_context(swapped(owner, name, new))
         trainer = Trainer(cfg, here, Data({}, Blank(cfg), {}))
         ledger = Ledger()
@@ -118,7 +119,7 @@ def _alone_in(world: int, rank: int) -> Iterator[World]:
 
 
 def _swaps(
-    fake: FakeTensorMode, stack: contextlib.ExitStack, imbalance: float, gpu: bool, dtype: torch.dtype
+    fake: FakeTensorMode, stack: contextlib.ExitStack, sent: float, imbalance: float, gpu: bool, dtype: torch.dtype
 ) -> list[tuple[Any, str, Callable[[Any], Any]]]:
     def fakes_from_here(allocate: Callable) -> Callable:
         def wrapped(model: Transformer, device: torch.device) -> None:
@@ -144,7 +145,7 @@ def _swaps(
             lambda deal: lambda held, shapes, **known: deal(_tiled(held[0], shapes, ranks=len(held)), shapes, **known),
         ),
         (train, "initialize", lambda _: lambda *args, **kwargs: None),
-        (rows, "counts_on_host", lambda _: partial(_counts, imbalance=imbalance)),
+        (rows, "counts_on_host", lambda _: partial(_counts, sent=sent, imbalance=imbalance)),
         (grouped, "ends_on_host", lambda _: _ends),
         (reference, "ends_on_host", lambda _: _ends),
         (Placement, "target_EJ", _really),
@@ -162,8 +163,10 @@ def _flash(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> 
     return torch.cat(pieces, dim=2)
 
 
-def _counts(*counts: Tensor, num_rows: int, imbalance: float) -> list[list[int]]:
+def _counts(*counts: Tensor, num_rows: int, sent: float, imbalance: float) -> list[list[int]]:
+    """``sent``: the part of all assignments that zero-computation experts leave to be sent."""
     *on_the_way, arrived = map(len, counts)
+    num_rows = round(num_rows * sent)
     return [*(_even(num_rows, n) for n in on_the_way), _even(round(num_rows * imbalance), arrived)]
 
 

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from moetrain.model.attention import QKNorm
 from moetrain.model.transformer import ModelConfig
+from moetrain.moe.layer import MoEConfig
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts; active = those one token's forward uses (top-k of the routed experts, as training ends)."""
+    """Parameter counts; active = those one token's forward uses as training ends: top-k of the routed experts, of which
+    zero-computation experts take the part that an even load over all choices gives them."""
 
     total: int
     active: int
@@ -29,16 +31,16 @@ def size(cfg: ModelConfig) -> Size:
     shared = (3 * D * moe.shared_hidden + D * (2 if moe.residual else moe.shared_gate)) if moe.shared_hidden else 0
     num_moe = len(cfg.moe_layers)
     num_dense = cfg.num_layers - num_moe
-    gates = sum(x.gate.num_parameters(dim=D, num_experts=x.num_experts) for x in cfg.moe_configs)
-    held, used = (sum(n) for n in zip((0, 0), *((x.num_experts, x.router.top_k) for x in cfg.moe_configs), strict=True))
+    moes = cfg.moe_configs
+    gates, used = sum(_gate(cfg, x) for x in moes), sum(_used(x, expert) for x in moes)
     common = cfg.num_layers * attention + num_dense * 3 * D * cfg.dense_hidden + num_moe * shared + gates
     small = cfg.num_layers * (norms + bias) + D
     head = cfg.vocab_size * D
     embeddings = head if cfg.tie_embeddings else 2 * head
-    matmul = common + used * expert + head
+    matmul = common + used + head
     return Size(
-        total=common + small + held * expert + embeddings,
-        active=common + small + used * expert + embeddings,
+        total=common + small + sum(x.num_experts for x in moes) * expert + embeddings,
+        active=common + small + used + embeddings,
         matmul=matmul,
     )
 
@@ -60,9 +62,19 @@ def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
     attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
     costs: dict[int | str, float] = {i: attention + 6 * D * cfg.dense_hidden for i in range(cfg.num_layers)}
     for i, moe in zip(cfg.moe_layers, cfg.moe_configs, strict=True):
-        gate = moe.gate.num_parameters(dim=D, num_experts=moe.num_experts)
-        costs[i] = attention + 2 * (gate + 3 * D * (moe.router.top_k * moe.hidden + moe.shared_hidden))
+        costs[i] = attention + 2 * (_gate(cfg, moe) + _used(moe, 3 * D * moe.hidden) + 3 * D * moe.shared_hidden)
     return costs | {"embedding": D, "head": 2 * (D + 3) * cfg.vocab_size}
+
+
+def _gate(cfg: ModelConfig, moe: MoEConfig) -> int:
+    """Parameters of a layer's gate and constant experts, which multiply every token."""
+    D = cfg.dim
+    return moe.gate.num_parameters(dim=D, num_experts=moe.num_choices) + moe.zero_computation.num_parameters(dim=D)
+
+
+def _used(moe: MoEConfig, expert: int) -> int:
+    """Of ``expert`` parameters each, those that a token meets under even load over all choices."""
+    return moe.router.top_k * expert * moe.num_experts // moe.num_choices
 
 
 def _short(n: int) -> str:

@@ -65,7 +65,10 @@ class ModelConfig:
         if self.moe_every < 1:
             raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
         moe = self.moe
-        moe.per_layer.check(num_layers=len(self.moe_layers), num_experts=moe.num_experts, top_k=moe.router.top_k)
+        moe.per_layer.check(
+            num_layers=len(self.moe_layers), num_experts=moe.num_experts, top_k=moe.router.top_k,
+            extra=moe.zero_computation.total,
+        )  # fmt: skip
 
     @property
     def width_of_heads(self) -> int:

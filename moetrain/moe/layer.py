@@ -30,6 +30,7 @@ from moetrain.moe.types import (
     Tokens,
 )
 from moetrain.moe.watch import Watch
+from moetrain.moe.zero_computation import ZeroComputation, ZeroComputationConfig
 
 
 @config
@@ -51,6 +52,12 @@ class MoEConfig:
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
     per_layer: PerLayer = field(default_factory=PerLayer)
+    zero_computation: ZeroComputationConfig = field(default_factory=ZeroComputationConfig)
+
+    @property
+    def num_choices(self) -> int:
+        """Columns of the gate: the experts, then the zero-computation experts."""
+        return self.num_experts + self.zero_computation.total
 
     @property
     def terms(self) -> dict[str, Balance]:
@@ -76,8 +83,20 @@ class MoEConfig:
 
     def check(self) -> None:
         """Raise ``UserError`` for a router or a balance term that cannot work with these experts."""
+        extra = self.zero_computation
+        if extra.total and not self.router.tokens_choose:
+            raise UserError(
+                f"model.moe.zero_computation has {extra}, with a router by which experts choose tokens: a token has to "
+                f"choose to compute less; use router=topk, or set them to 0"
+            )
         for part in (self.router, *self.balance.values()):
-            part.check(num_experts=self.num_experts)
+            try:
+                part.check(num_experts=self.num_choices)
+            except UserError as e:
+                if not extra.total:
+                    raise
+                words = f"{self.num_experts} and {extra.total} of model.moe.zero_computation"
+                raise UserError(f"{e} (its experts are all {self.num_choices} choices, {words})") from e
 
     def __post_init__(self) -> None:
         if self.residual and (self.shared_gate or not self.shared_hidden):
@@ -85,10 +104,11 @@ class MoEConfig:
                 f"model.moe.residual=true with shared_hidden={self.shared_hidden} shared_gate={self.shared_gate}: it "
                 f"weighs a shared expert itself, set shared_hidden above 0 and shared_gate=false"
             )
-        if self.router.top_k > self.num_experts:
+        if self.router.top_k > self.num_choices:
+            more = f" and the {self.zero_computation.total} of model.moe.zero_computation"
             raise UserError(
-                f"model.moe.router.top_k={self.router.top_k} is more than model.moe.num_experts={self.num_experts}: "
-                f"use 1 to {self.num_experts}"
+                f"model.moe.router.top_k={self.router.top_k} is more than model.moe.num_experts={self.num_experts}"
+                f"{more * (self.zero_computation.total > 0)}: use 1 to {self.num_choices}"
             )
 
 
@@ -98,6 +118,7 @@ class MoE(nn.Module):
     ``parallel/expert.py`` places it. Its config is that of one layer (``MoEConfig.at``).
     """
 
+    # E is all choices here: see types.py
     bias_E: Tensor  #   (E,) saved: what the balance terms have learned
     lagged_E: Tensor | None  # (E,) int64 saved: the last step's global load, where a balance term lags
     load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
@@ -111,13 +132,15 @@ class MoE(nn.Module):
         self.group: ProcessGroup | None = None  # the ranks that rows travel among
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
         self.stage_group: ProcessGroup | None = None  # the ranks that hold the rest of the step's tokens, in this layer
-        self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
-        self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
+        self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_choices)
+        extra = cfg.zero_computation
+        self.zero_computation = ZeroComputation(extra, dim=dim, num_experts=cfg.num_experts) if extra.total else None
+        self.register_buffer("bias_E", torch.zeros(cfg.num_choices))
         self.terms = cfg.terms
         early = cfg.per_layer.early_top_k
         self.early_router = configs.replace(cfg.router, top_k=early[0]) if early else cfg.router
         lags = any(term.lags for term in self.terms.values())
-        self.register_buffer("lagged_E", torch.zeros(cfg.num_experts, dtype=torch.int64) if lags else None)
+        self.register_buffer("lagged_E", torch.zeros(cfg.num_choices, dtype=torch.int64) if lags else None)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 
@@ -145,20 +168,25 @@ class MoE(nn.Module):
         routing, again = self._route(logits_TE, ctx)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
+        if self.zero_computation is not None:
+            routing = replace(routing, zero_computation=self.cfg.zero_computation)
         if ctx.ids is not None and ctx.scores is not None and not again:
             ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
         target_EJ = self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
         slots = Slots(target_EJ, self.placement.num_slots, self.group)
-        rows, ticket = self.cfg.dispatcher.dispatch(x_TD, routing, tokens=tokens, slots=slots)
+        sent, stays_TD = self._stays(x_TD, routing)
+        rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots)
         backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.width)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend), ticket)
+        if stays_TD is not None:
+            y_TD = y_TD + stays_TD
         if ctx.training:
             m = ctx.micro_batch
             self.load_ME[m] = routing.load_E
             if rows.dropped_E is not None:
-                self.dropped_ME[m] = rows.dropped_E
+                self.dropped_ME[m, : self.cfg.num_experts] = rows.dropped_E
             if self.watch is not None:
                 self.watch.note(m, routing, mask_T, again=again)
             y_TD = self._balance(y_TD, routing, tokens, ctx)
@@ -166,7 +194,7 @@ class MoE(nn.Module):
 
     def begin_step(self, micro_batches: int, *, watch: bool = False, pairs: bool = False) -> None:
         """Room for the counts of a step's micro-batches; to ``watch`` and count its ``pairs`` takes some more."""
-        device, E = self.bias_E.device, self.cfg.num_experts
+        device, E = self.bias_E.device, self.cfg.num_choices
         self.load_ME = torch.zeros(micro_batches, E, dtype=torch.int64, device=device)
         self.dropped_ME = torch.zeros_like(self.load_ME)
         self.losses_MJ = torch.zeros(micro_batches, len(self.terms), dtype=self.bias_E.dtype, device=device)
@@ -190,6 +218,15 @@ class MoE(nn.Module):
         if chosen is not None:
             chosen[self.layer] = routing.ids_TK.int()
         return routing, False
+
+    def _stays(self, x_TD: Tensor, routing: Routing) -> tuple[Routing, Tensor | None]:
+        """What is sent to experts, and (T, D) what zero-computation experts add here, None where that is nothing."""
+        if self.zero_computation is None:
+            return routing, None
+        E, ids_TK = self.cfg.num_experts, routing.ids_TK
+        weights_TK = self.cfg.zero_computation.shared_out(ids_TK, routing.weights_TK, num_experts=E)
+        stays_TD = self.zero_computation(x_TD, ids_TK, weights_TK, ragged=routing.ragged)
+        return routing.sent(E, weights_TK), stays_TD
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
         if self.terms:

@@ -31,8 +31,11 @@ class PerLayer:
                 f"the steps at least 1, or neither"
             )
 
-    def check(self, *, num_layers: int, num_experts: int, top_k: int) -> None:
-        """Raise ``UserError`` where the numbers do not fit ``num_layers`` MoE layers, or exceed a layer's experts."""
+    def check(self, *, num_layers: int, num_experts: int, top_k: int, extra: int = 0) -> None:
+        """Raise ``UserError`` where the numbers do not fit ``num_layers`` MoE layers, or exceed a layer's experts.
+
+        ``extra`` experts more to choose from, of zero computation, are in every layer.
+        """
         for name in ("experts", "top_k"):
             if (found := getattr(self, name)) and len(found) != num_layers:
                 raise UserError(
@@ -45,7 +48,7 @@ class PerLayer:
                 f"{num_layers} MoE layers: give at most one for each"
             )
         for i in range(num_layers):
-            experts = self.experts[i] if self.experts else num_experts
+            experts = extra + (self.experts[i] if self.experts else num_experts)
             most = max([self.top_k[i] if self.top_k else top_k, *self.early_top_k[i : i + 1]])
             if most > experts:
                 raise UserError(

@@ -3,6 +3,7 @@
 Shape letters, used as name suffixes everywhere in moe/:
     B sequences   S positions (in names of expert tables: slots)   T = B * S tokens on this rank   D model width
     K experts per token (top-k)   N = T * K assignments   E experts in the layer   F expert width
+    (what a gate, a router or a balance term calls E is all choices, the zero-computation experts after the others)
     R ranks in the expert group   M rows to compute on this rank   J rows that one source row became
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
+from moetrain.moe.zero_computation import ZeroComputationConfig
 
 Carry = dict[str, Tensor]
 """Tensors that gates pass from layer to layer and stage to stage; empty for gates that look at one layer only."""
@@ -79,6 +81,7 @@ class Routing:
     ids_TK: Tensor  #      (T, K) int64; -1 = none, only where ``ragged``
     weights_TK: Tensor  #  (T, K) what combine multiplies by
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
+    zero_computation: ZeroComputationConfig | None = None  # the experts of the layer that nothing is sent to, if any
 
     @cached_property
     def load_E(self) -> Tensor:
@@ -88,6 +91,12 @@ class Routing:
         if self.ragged:
             ids_N = torch.where(ids_N < 0, E, ids_N)
         return ids_N.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]
+
+    def sent(self, num_experts: int, weights_TK: Tensor) -> "Routing":
+        """The choices of the first ``num_experts`` alone, with these weights: what a dispatcher is given."""
+        ids_TK = torch.where(self.ids_TK < num_experts, self.ids_TK, -1)
+        logits_TE, scores_TE = self.logits_TE[:, :num_experts], self.scores_TE[:, :num_experts]
+        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, True, self.zero_computation)
 
 
 @dataclass(frozen=True)
@@ -191,12 +200,17 @@ class Router(ABC):
 
     top_k: int = 2
 
+    @property
+    def tokens_choose(self) -> bool:
+        """Whether a token chooses experts, not they the token."""
+        return True
+
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise UserError(f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
 
     def check(self, *, num_experts: int) -> None:
-        """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
+        """Raise ``UserError`` for what cannot be trained with that many choices; called before any rank starts."""
         return None
 
     @abstractmethod
@@ -235,7 +249,7 @@ class Balance:
         return None
 
     def check(self, *, num_experts: int) -> None:
-        """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
+        """Raise ``UserError`` for what cannot be trained with that many choices; called before any rank starts."""
         return None
 
     def loss(self, routing: Routing, tokens: Tokens) -> Tensor | None:

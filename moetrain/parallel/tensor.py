@@ -4,7 +4,7 @@
     q, k, v, full QK-norms    heads; with fewer key heads than ranks, each is held by several
     attention out, down       the other side of heads and hidden width, so that its results are parts of a sum
     gate, up                  hidden width
-    norms, gates              whole: each rank's gradient comes from its shard of the sequence, and tp sums them
+    norms, gates, constants   whole: each rank's gradient comes from its shard of the sequence, and tp sums them
 
 Between layers a rank has S / tp positions. A width that tp does not divide is padded with zeros, which stay zeros.
 """
@@ -42,7 +42,7 @@ _RULES: tuple[tuple[str, _Rule], ...] = (
     (r"blocks\.\d+\.(shared\.)?ffn\.(gate|up)\.weight", _Rule(0)),
     (r"blocks\.\d+\.(shared\.)?ffn\.down\.weight", _Rule(1)),
     (r"blocks\.\d+\.(attention_norm|ffn_norm)\.weight|norm\.weight", _WHOLE),
-    (r"blocks\.\d+\.(moe|shared)\.gate\..*", _WHOLE),
+    (r"blocks\.\d+\.(moe\.gate|moe\.zero_computation|shared\.gate)\..*", _WHOLE),
 )
 _QK_NORM = re.compile(r"blocks\.\d+\.attention\.[qk]_norm\.weight")
 _KEYS = re.compile(r"blocks\.\d+\.attention\.(k|v|k_norm)\..*")

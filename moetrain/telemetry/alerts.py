@@ -11,11 +11,12 @@ METRICS = {
     "variation": "standard deviation of the load / its mean",
     "entropy": "entropy of the load / log(experts): 1 is even, 0 one expert",
     "dead": "experts without an assignment in the step",
-    "drop_rate": "assignments dropped / assignments",
+    "drop_rate": "assignments dropped / assignments to experts, zero-computation experts not counted",
     "overload": "rows of the fullest rank of the experts' grid / mean over its ranks",
     "bias_norm": "2-norm of the selection bias",
     "largest_logit": "largest absolute router logit",
     "top_pair": "share of the most frequent pair of experts among all pairs that tokens chose",
+    "ffn_experts": "experts that a token chose, zero-computation experts not counted, mean over tokens",
 }
 """What is known of every MoE layer at a logging step; each a number."""
 

@@ -7,7 +7,7 @@ rank with a NaN is known too. Between logging steps there is no collective and n
 averaged on the device from the load that a step all-reduces anyway.
 
 Shape letters:
-    L MoE layers of the model   E experts, the most of a layer   P pairs of them
+    L MoE layers of the model   E experts, zero-computation experts last, of the layer with the most   P pairs of them
     R ranks   G ranks of a stage's edp x ep grid
 """
 
@@ -81,10 +81,10 @@ class Health:
 
     def __init__(self, cfg: HealthConfig, *, layers: dict[int, MoEConfig], mesh: Mesh) -> None:
         """``layers``: the model's MoE layers, wherever they are, by their number."""
-        self.cfg, self.layers, self.mesh = cfg, list(layers), mesh
-        self.experts = [moe.num_experts for moe in layers.values()]
-        L, E, n = len(layers), max(self.experts), mesh.layout
-        P = E * (E - 1) // 2 if cfg.pairs and any(moe.router.top_k > 1 for moe in layers.values()) else 0
+        self.cfg, self.layers, self.mesh, self.moes = cfg, list(layers), mesh, list(layers.values())
+        choices = [moe.num_choices for moe in self.moes]
+        L, E, n = len(layers), max(choices), mesh.layout
+        P = E * (E - 1) // 2 if cfg.pairs and any(moe.router.top_k > 1 for moe in self.moes) else 0
         self.sizes = {
             "dropped": (L,),
             "bias": (L,),
@@ -93,7 +93,7 @@ class Health:
             "pairs": (L, P),
         }
         self.smooth_LE = torch.zeros(L, E, dtype=torch.float64, device=mesh.device)
-        self.experts_L = torch.tensor(self.experts, device=mesh.device)
+        self.choices_L = torch.tensor(choices, device=mesh.device)
 
     def smooth(self, load_LE: Tensor) -> None:
         """After every step, given its global load: on the device, nobody waits."""
@@ -123,7 +123,7 @@ class Health:
         rows_LG, pairs_LP = parts["rows"], parts["pairs"]
         pairs_LP = pairs_LP if pairs_LP.shape[1] else pairs_LP.new_zeros(len(self.layers), 1)
         most_L, place_L = pairs_LP.max(1)
-        smooth_L = self.smooth_LE.sum(1) / self.experts_L
+        smooth_L = self.smooth_LE.sum(1) / self.choices_L
         columns = [
             parts["dropped"], parts["bias"], logit_L, rank_L, rows_LG.amax(1) / rows_LG.mean(1),
             most_L / pairs_LP.sum(1).clamp_min(1), place_L, self.smooth_LE.amax(1) / smooth_L - 1,
@@ -135,20 +135,20 @@ class Health:
         """Of what ``brief`` returns."""
         return _COLUMNS + self.smooth_LE.shape[1]
 
-    def read(self, rows: list[list[float]]) -> Reading:
-        """``brief``, on the host."""
+    def read(self, rows: list[list[float]], *, tokens: int) -> Reading:
+        """``brief``, on the host; ``tokens`` of the step that are not padding."""
         layers, load, top_pair, logit_rank = {}, [], [], []
-        for layer, E, row in zip(self.layers, self.experts, rows, strict=True):
+        for layer, moe, row in zip(self.layers, self.moes, rows, strict=True):
             dropped, bias, logit, rank, overload, pair, place, smooth, *load_E = row
-            load_E = load_E[:E]
-            total = max(1.0, sum(load_E))
+            load_E = load_E[: moe.num_choices]
+            total, E, sent = max(1.0, sum(load_E)), len(load_E), sum(load_E[: moe.num_experts])
             even_E = [x * E / total for x in load_E]
             layers[layer] = {
                 "max_violation": max(even_E) - 1, "smooth_max_violation": smooth,
                 "variation": math.sqrt(sum((x - 1) ** 2 for x in even_E) / E), "entropy": _entropy(load_E),
-                "dead": sum(x == 0 for x in load_E), "drop_rate": dropped / total,
+                "dead": sum(x == 0 for x in load_E), "drop_rate": dropped / max(1.0, sent),
                 "overload": 1.0 if math.isnan(overload) else overload, "bias_norm": bias, "largest_logit": logit,
-                "top_pair": pair,
+                "top_pair": pair, "ffn_experts": sent / tokens,
             }  # fmt: skip
             load.append(even_E)
             top_pair.append(pair_at(int(place)))
@@ -163,7 +163,7 @@ class Health:
 
 def _rows_sent(layer: MoE, places: int) -> Tensor:
     """(G,) int64: how many assignments of this rank's tokens each rank of the experts' grid computes."""
-    kept_E = (layer.load_ME - layer.dropped_ME).sum(0)
+    kept_E = (layer.load_ME - layer.dropped_ME).sum(0)[: layer.cfg.num_experts]
     where, span = layer.placement, layer.placement.span
     target_EJ = where.target_EJ(layer.rank, kept_E.device, etp=layer.etp)
     peer_E = target_EJ[:, 0] // (where.num_slots * layer.etp) + layer.rank // span * span

@@ -17,6 +17,7 @@ from moetrain.job import Config
 from moetrain.layouts import divisors
 from moetrain.moe.layer import MoEConfig
 from moetrain.moe.per_layer import PerLayer
+from moetrain.moe.zero_computation import KINDS, ZeroComputationConfig
 from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
 from moetrain.verify.shrink_properties import Numbers, Property
@@ -165,7 +166,7 @@ def _least(found: list[Numbers], key: Callable[[Numbers], Any]) -> list[Numbers]
 
 # ---- the shapes
 
-_Changes = dict[str, int]
+_Changes = dict[str, Any]
 
 
 def _shapes(big: Numbers, n: Numbers) -> Numbers:
@@ -204,7 +205,7 @@ def _loss(n: Numbers, big: Numbers, properties: Iterable[Property]) -> int:
     return sum(p.weight for p in properties if p.value(n) != p.value(big))
 
 
-def _each(**ranges: Iterable[int]) -> Iterator[_Changes]:
+def _each(**ranges: Iterable[Any]) -> Iterator[_Changes]:
     for values in itertools.product(*ranges.values()):
         yield dict(zip(ranges, values, strict=True))
 
@@ -231,19 +232,29 @@ def _layers(n: Numbers) -> Iterator[_Changes]:
 
 
 def _experts(n: Numbers) -> Iterator[_Changes]:
-    for experts in range(n.ep, 16 * n.ep + 1, n.ep):
-        taken = [k for k in range(1, min(experts, 8) + 1) if _takes(n.moe_cfg, num_experts=experts, top_k=k)]
-        yield from _each(num_experts=[experts], top_k=taken)
+    """Of zero-computation experts one or two of each kind, or all where a router or a balance term wants them."""
+    own = n.zero_computation
+    for extra in dict.fromkeys([tuple(min(count, 2) for count in own), own]):
+        for experts in range(n.ep, 16 * n.ep + 1, n.ep):
+            most = min(experts + sum(extra), 8)
+            taken = [k for k in range(1, most + 1) if _takes(n.moe_cfg, num_experts=experts, extra=extra, top_k=k)]
+            yield from _each(num_experts=[experts], top_k=taken, zero_computation=[extra])
 
 
-def _takes(moe: MoEConfig, *, num_experts: int, top_k: int) -> bool:
+def _takes(moe: MoEConfig, *, num_experts: int, extra: tuple[int, ...], top_k: int) -> bool:
     """Whether its router and balance terms can work with so many."""
     try:
-        router = configs.replace(moe.router, top_k=top_k)
-        configs.replace(moe, num_experts=num_experts, router=router, per_layer=PerLayer()).check()
+        router, counts = configs.replace(moe.router, top_k=top_k), _counts(moe, extra)
+        configs.replace(
+            moe, num_experts=num_experts, router=router, zero_computation=counts, per_layer=PerLayer()
+        ).check()
     except UserError:
         return False
     return True
+
+
+def _counts(moe: MoEConfig, extra: tuple[int, ...]) -> ZeroComputationConfig:
+    return configs.replace(moe.zero_computation, **dict(zip(KINDS, extra, strict=True)))
 
 
 def _batch(n: Numbers) -> Iterator[_Changes]:
@@ -267,7 +278,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
     m = cfg.model
     moe = configs.replace(
         m.moe, num_experts=n.num_experts, hidden=n.hidden, shared_hidden=n.shared_hidden,
-        router=configs.replace(m.moe.router, top_k=n.top_k),
+        router=configs.replace(m.moe.router, top_k=n.top_k), zero_computation=_counts(m.moe, n.zero_computation),
         dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
         per_layer=_per_layer(m.moe, n),
     )  # fmt: skip
@@ -298,12 +309,13 @@ def _per_layer(moe: MoEConfig, n: Numbers) -> PerLayer:
     def resampled(numbers: list[int], length: int) -> list[int]:
         return [numbers[i * (len(numbers) - 1) // max(1, length - 1)] for i in range(length if numbers else 0)]
 
-    fewer = n.top_k - 1 if n.top_k > 1 and _takes(moe, num_experts=n.num_experts, top_k=n.top_k - 1) else n.top_k
+    extra, most = n.zero_computation, n.num_experts + sum(n.zero_computation)
+    less = n.top_k > 1 and _takes(moe, num_experts=n.num_experts, extra=extra, top_k=n.top_k - 1)
     early = resampled(old.early_top_k, min(layers, len(old.early_top_k)))
     return PerLayer(
         experts=[n.num_experts * (1 + (e > min(old.experts))) for e in resampled(old.experts, layers)],
-        top_k=[n.top_k if k == max(old.top_k) else fewer for k in resampled(old.top_k, layers)],
-        early_top_k=[min(n.top_k + (k > max(old.top_k, default=moe.router.top_k)), n.num_experts) for k in early],
+        top_k=[n.top_k if k == max(old.top_k) else n.top_k - less for k in resampled(old.top_k, layers)],
+        early_top_k=[min(n.top_k + (k > max(old.top_k, default=moe.router.top_k)), most) for k in early],
         early_steps=min(old.early_steps, 1),
     )
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from moetrain import layouts
 from moetrain.job import Config
 from moetrain.moe.layer import MoEConfig
+from moetrain.moe.zero_computation import KINDS
 from moetrain.parallel.context import Method
 from moetrain.parallel.schedules import PipelineConfig
 
@@ -34,6 +35,7 @@ class Numbers:
     moe_every: int
     num_experts: int
     top_k: int
+    zero_computation: tuple[int, ...]  # experts of each kind
     hidden: int
     dense_hidden: int
     shared_hidden: int
@@ -55,6 +57,7 @@ class Numbers:
             num_layers=m.num_layers, first_dense=m.first_dense, moe_every=m.moe_every,
             num_experts=min(m.moe.per_layer.experts, default=m.moe.num_experts),
             top_k=max(m.moe.per_layer.top_k, default=m.moe.router.top_k), hidden=m.moe.hidden,
+            zero_computation=tuple(getattr(m.moe.zero_computation, kind) for kind in KINDS),
             dense_hidden=m.dense_hidden, shared_hidden=m.moe.shared_hidden,
             vocab_size=m.vocab_size, pad_vocab_to=m.pad_vocab_to, seq_len=t.seq_len, micro_batch=t.micro_batch,
             accumulation=max(1, t.batch // (n.dp * t.micro_batch)), ulysses=cfg.context.method is Method.ulysses,
@@ -230,6 +233,11 @@ EXPERT_COUNTS = (
         lambda n: f"{n.num_experts} / {n.ep}", 2,
     ),
     _multiple("a rank's experts over their shards", lambda n: n.num_experts // n.ep, lambda n: n.expert_shards),
+    Property(
+        "zero-computation experts", lambda n: tuple(min(count, 2) for count in n.zero_computation),
+        lambda n: ", ".join(f"{count} {kind}" for kind, count in zip(KINDS, n.zero_computation, strict=True) if count)
+        or "none", 5,
+    ),
 )  # fmt: skip
 DIM = (
     Property("dim, multiple of 8", lambda n: math.gcd(n.dim, 8), lambda n: str(n.dim)),

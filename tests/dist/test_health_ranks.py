@@ -24,6 +24,7 @@ from moetrain.run import _Loop
 from moetrain.telemetry.health import Health, Reading
 
 STEPS = 3
+TOKENS = TRAIN["batch"] * TRAIN["seq_len"]
 TOP3 = {"kind": "topk", "top_k": 3, "score": "sigmoid"}
 CASES = {
     "dropless": {},
@@ -63,7 +64,8 @@ def readings(rank: int, world: int, cfg: Config) -> list[tuple[Reading, dict[int
             result = run.step(watch=True)
             health.smooth(result.load_LE)
             flat = comm.all_reduce_(health.part(run.model.moe_layers()), group=run.all_ranks)
-            found.append((health.read(health.brief(flat, result.load_LE).tolist()), dict(rows)))
+            reading = health.read(health.brief(flat, result.load_LE).tolist(), tokens=TOKENS)
+            found.append((reading, dict(rows)))
     finally:
         Experts.forward = right
     return found

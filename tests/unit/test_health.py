@@ -50,7 +50,7 @@ def reading(layer: MoE, cfg: HealthConfig | None = None) -> Reading:
     health = Health(cfg or HealthConfig(), layers={3: layer.cfg}, mesh=mesh)
     load_LE = layer.load_ME.sum(0)[None]
     health.smooth(load_LE)
-    return health.read(health.brief(health.part([layer]), load_LE).tolist())
+    return health.read(health.brief(health.part([layer]), load_LE).tolist(), tokens=T)
 
 
 CHOICES = [[0, 1], [1, 0], [0, 2], [0, 1], [2, 0], [0, 2]]  # load 6, 3, 3, 0
@@ -65,7 +65,7 @@ def test_every_metric_of_a_known_load() -> None:
     want = {
         "max_violation": 1.0, "smooth_max_violation": 1.0, "variation": math.sqrt(4.5) / 3,
         "entropy": 1.5 * math.log(2) / math.log(4), "dead": 1, "drop_rate": 2 / 12, "overload": 1.0, "bias_norm": 0.5,
-        "largest_logit": 5.5, "top_pair": 0.5,
+        "largest_logit": 5.5, "top_pair": 0.5, "ffn_experts": 2.0,
     }  # fmt: skip
     assert found.layers[3] == pytest.approx(want)
     assert want.keys() == METRICS.keys()
@@ -120,7 +120,7 @@ def test_the_smoothed_load_forgets_noise_and_keeps_what_stays() -> None:
         layer = MoE(moe, dim=4, layer=0)
         layer.begin_step(1, watch=True, pairs=True)
         brief = health.brief(health.part([layer]), torch.tensor([loads[-1]]))
-        return health.read(brief.tolist()).layers[0]["smooth_max_violation"]
+        return health.read(brief.tolist(), tokens=4).layers[0]["smooth_max_violation"]
 
     assert smoothed([[4, 0], [0, 4]] * 50) < 0.06
     assert smoothed([[6, 2]] * 50) == pytest.approx(0.5)

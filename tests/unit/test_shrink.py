@@ -15,6 +15,7 @@ from moetrain.config import UserError, replace
 from moetrain.job import Config
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.model.attention import QKNorm
+from moetrain.moe.zero_computation import KINDS, ZeroComputationConfig
 from moetrain.parallel import recompute
 from moetrain.parallel.context import Method
 from moetrain.verify.shrink import Shrunk, shrink, table
@@ -103,6 +104,7 @@ def facts(cfg: Config) -> Mapping[str, object]:
         "top_k < experts": moe.router.top_k < moe.num_experts,
         "experts of an ep rank": (moe.num_experts % n.ep == 0, moe.num_experts > n.ep),
         "a rank's experts over their shards": moe.num_experts // n.ep % expert_shards == 0,
+        "zero-computation experts": [min(getattr(moe.zero_computation, kind), 2) for kind in KINDS],
         "hidden over etp": moe.hidden % n.etp == 0,
         "hidden of an etp rank, multiple of 8": [width % power == 0 for power in (2, 4, 8)],
         "hidden of an etp rank over expert shards": width % expert_shards == 0,
@@ -135,7 +137,7 @@ CHANGED = {
     "model": {
         "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "first_dense", "moe_every",
         "dense_hidden", "pad_vocab_to", "init_std", "moe.num_experts", "moe.hidden", "moe.shared_hidden",
-        "moe.router.top_k",
+        "moe.router.top_k", *(f"moe.zero_computation.{kind}" for kind in KINDS),
     },
     "train": {"steps", "batch", "micro_batch", "seq_len", "ramp.start"},
     "optim": {"warmup", "decay"},
@@ -366,11 +368,13 @@ def jobs(draw: st.DrawFn) -> tuple[Config, int]:
     dim = heads * head_dim if draw(st.booleans()) else draw(st.integers(16, 4096))
     experts = layout.ep * draw(st.integers(1, 16))
     base = Config()
-    top_k = draw(st.integers(1, min(8, experts)))
+    counts = st.sampled_from((0, 0, 1, 2, 6))
+    extra = ZeroComputationConfig(**{kind: draw(counts) for kind in KINDS})
+    top_k = draw(st.integers(1, min(8, experts + extra.total)))
     router = replace(base.model.moe.router, top_k=top_k, renormalize=top_k > 1)
     moe = replace(
         base.model.moe, router=router, num_experts=experts, hidden=draw(st.integers(16, 4096)),
-        shared_hidden=draw(st.sampled_from((0, 17, 1408, 2816))),
+        shared_hidden=draw(st.sampled_from((0, 17, 1408, 2816))), zero_computation=extra,
     )  # fmt: skip
     model = replace(
         base.model, moe=moe, num_heads=heads, num_kv_heads=divisor(heads), head_dim=head_dim, dim=dim,

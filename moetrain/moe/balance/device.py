@@ -5,7 +5,7 @@ from torch import Tensor
 from moetrain import comm
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
-from moetrain.moe.balance.switch import shares
+from moetrain.moe.balance.switch import counted, shares
 from moetrain.moe.types import Balance, Routing, Tokens
 
 
@@ -28,7 +28,7 @@ class Device(Balance):
     def loss(self, routing: Routing, tokens: Tokens) -> Tensor:
         """() float; equals the number of tokens when load is even over groups."""
         load_E = comm.all_reduce_(routing.load_E.clone(), group=tokens.group)
-        f_G = by_group(load_E, self.num_groups).to(routing.scores_TE.dtype) / load_E.sum().clamp_min(1)
+        f_G = by_group(counted(load_E, routing), self.num_groups) / load_E.sum().clamp_min(1)
         return self.num_groups * (by_group(shares(routing, tokens.mask_T).sum(0), self.num_groups) * f_G).sum()
 
 

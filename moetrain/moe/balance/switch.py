@@ -58,8 +58,8 @@ class Switch(Balance):
         E = P_TE.shape[1]
         if self.scope is Scope.sequence:
             load_BE = _load_of_sequences(routing, tokens)
-            return E * (P_TE.view(tokens.num_sequences, -1, E).sum(1) * _share(load_BE, like=P_TE)).sum()
-        return E * (P_TE.sum(0) * _share(self._load(routing, tokens), like=P_TE)).sum()
+            return E * (P_TE.view(tokens.num_sequences, -1, E).sum(1) * _share(load_BE, routing)).sum()
+        return E * (P_TE.sum(0) * _share(self._load(routing, tokens), routing)).sum()
 
     def _load(self, routing: Routing, tokens: Tokens) -> Tensor:
         """(E,) int64."""
@@ -71,15 +71,20 @@ class Switch(Balance):
 
 
 def shares(routing: Routing, mask_T: Tensor | None) -> Tensor:
-    """(T, E) scores that sum to one over the experts (softmax scores already do), zero where padding."""
+    """(T, E) scores that sum to one over the experts (softmax scores already do), zero where padding.
+
+    Those of zero-computation experts count by their weight (MoE++, arXiv 2410.07348).
+    """
     P_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True)
+    if routing.zero_computation is not None:
+        P_TE = routing.zero_computation.weighted(P_TE)
     return P_TE if mask_T is None else P_TE * mask_T[:, None]
 
 
-def _share(load_E: Tensor, *, like: Tensor) -> Tensor:
+def _share(load_E: Tensor, routing: Routing) -> Tensor:
     """(..., E) counts -> each expert's share; even where there are none."""
     total = load_E.sum(-1, keepdim=True)
-    return (load_E.to(like.dtype) / total).where(total > 0, 1 / load_E.shape[-1])
+    return (counted(load_E, routing) / total).where(total > 0, 1 / load_E.shape[-1])
 
 
 def _load_of_sequences(routing: Routing, tokens: Tokens) -> Tensor:
@@ -90,3 +95,9 @@ def _load_of_sequences(routing: Routing, tokens: Tokens) -> Tensor:
         ids_BX = ids_BX.masked_fill(ids_BX < 0, E)
     load_BE = ids_BX.new_zeros(B, E + 1).scatter_add_(1, ids_BX, torch.ones_like(ids_BX))[:, :E]
     return comm.all_reduce_(load_BE.contiguous(), group=tokens.group)
+
+
+def counted(load_XE: Tensor, routing: Routing) -> Tensor:
+    """(..., E) int64 loads -> float, null experts with the mean of theirs (AdaMoE, arXiv 2406.13233)."""
+    load_XE = load_XE.to(routing.scores_TE.dtype)
+    return load_XE if routing.zero_computation is None else routing.zero_computation.levelled(load_XE)

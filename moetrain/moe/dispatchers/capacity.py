@@ -1,6 +1,7 @@
 """Capacity dispatch: buffers of fixed size, surplus assignments dropped (GShard, arXiv 2006.16668). No host sync.
 
-    capacity = max(min_capacity, ceil(factor * tokens in scope * K / E)) assignments that an expert keeps per scope
+    capacity = max(min_capacity, ceil(factor * tokens in scope * K / E)) assignments that an expert keeps per scope;
+               beside zero-computation experts, which never drop, E is the parts of an even load (their ``even_parts``)
     buffer (R, S, C, D), C = scopes on this rank * min(tokens in a scope, capacity)
 
 Who is kept where more ask (``drop``), equal ones by position:
@@ -90,7 +91,7 @@ class Capacity(Dispatcher):
             tokens = replace(tokens, num_sequences=1, position_S=position_T, stretches=1, group=None)
         S = T // tokens.num_sequences
         whole = S * comm.size(tokens.group)  # multiplied first, as where it is decided who is kept: one rounding
-        rows_per_scope = min(S, self._capacity(whole, K, E, tokens))
+        rows_per_scope = min(S, self._capacity(whole, K, _parts(routing), tokens))
         C = tokens.num_sequences * rows_per_scope
         place_TK, keep_TK = self._place(routing, tokens, first_TK)
 
@@ -128,8 +129,8 @@ class Capacity(Dispatcher):
     def _factor(self, tokens: Tokens) -> float:
         return self.factor if tokens.training or self.eval_factor is None else self.eval_factor
 
-    def _capacity(self, whole: int, K: int, E: int, tokens: Tokens) -> int:
-        return max(self.min_capacity, math.ceil(self._factor(tokens) * whole * K / E))
+    def _capacity(self, whole: int, K: int, parts: float, tokens: Tokens) -> int:
+        return max(self.min_capacity, math.ceil(self._factor(tokens) * whole * K / parts))
 
     def _first(self, routing: Routing, tokens: Tokens) -> Tensor | None:
         """(T, K) of which the highest are kept first; None: the earliest."""
@@ -149,7 +150,7 @@ class Capacity(Dispatcher):
         which what a rank keeps is the first of what it has; or the highest of ``first_TK`` first.
         """
         (T, K), E, B = routing.ids_TK.shape, routing.scores_TE.shape[1], tokens.num_sequences
-        S = T // B
+        S, parts = T // B, _parts(routing)
         ids_TK = torch.where(routing.ids_TK < 0, E, routing.ids_TK) if routing.ragged else routing.ids_TK
         chosen_TE = ids_TK.new_zeros(T, E + 1, dtype=torch.int32).scatter_(1, ids_TK, 1)
         if first_TK is None:
@@ -161,15 +162,22 @@ class Capacity(Dispatcher):
             real_B = None if tokens.mask_T is None else tokens.mask_T.view(B, -1).sum(1)
             real_B = None if real_B is None else comm.all_reduce_(real_B, group=tokens.group)
         if real_B is None:
-            capacity = self._capacity(S * comm.size(tokens.group), K, E, tokens)
+            capacity = self._capacity(S * comm.size(tokens.group), K, parts, tokens)
         else:
-            capacity_B = torch.ceil(self._factor(tokens) * real_B.double() * K / E).long().clamp_min(self.min_capacity)
+            even_B = self._factor(tokens) * real_B.double() * K / parts
+            capacity_B = torch.ceil(even_B).long().clamp_min(self.min_capacity)
             capacity = capacity_B.repeat_interleave(S)[:, None]
         keep_TK = (turn_TK < capacity) & (ids_TK < E)
         if first_TK is not None:
             kept_TE = torch.zeros_like(chosen_TE).scatter_(1, ids_TK, keep_TK.int())
             place_TK = _queue(kept_TE, ids_TK, B)
         return place_TK, keep_TK  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _parts(routing: Routing) -> float:
+    """Of an even load, of which an expert has one."""
+    E, extra = routing.scores_TE.shape[1], routing.zero_computation
+    return E if extra is None else extra.even_parts(E)
 
 
 def _queue(chosen_TE: Tensor, ids_TK: Tensor, B: int) -> Tensor:

@@ -34,6 +34,10 @@ class ExpertChoice(Router):
         if self.factor <= 0:
             raise UserError(f"model.moe.router.factor={self.factor}: has to be above 0 (1: top_k experts a token)")
 
+    @property
+    def tokens_choose(self) -> bool:
+        return False
+
     def check(self, *, num_experts: int) -> None:
         if not self.non_causal:
             raise UserError(
