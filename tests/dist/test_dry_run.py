@@ -34,6 +34,10 @@ CASES = {
     "recompute full": (2, {"dp": 2}, {"recompute": {"mode": "full"}}),
     "recompute selective": (2, {"tp": 2, "ep": 2}, {"recompute": {"mode": "selective", "loss_rows": 64}}),
     "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
+    "zero-computation experts": (
+        2, {"dp": 2, "ep": 2},
+        {"model": BIG | {"moe": BIG["moe"] | {"zero_computation": dict.fromkeys(("zero", "copy", "constant", "null"), 2)}}},
+    ),
 }  # fmt: skip
 
 def measure(rank: int, world: int, cfg: Config, foretold: list[int]) -> Usage:
