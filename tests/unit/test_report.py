@@ -13,7 +13,7 @@ import pytest
 from moetrain import config as configs
 from moetrain.cli.main import main
 from moetrain.job import Config
-from moetrain.report.plots import _smoothed
+from moetrain.report.plots import smoothed
 from moetrain.report.read import LAST, history
 from moetrain.telemetry.alerts import METRICS
 
@@ -144,4 +144,4 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_smoothing_is_a_mean_of_neighbours() -> None:
-    assert _smoothed([1.0, 2.0, 6.0, 3.0], over=1) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert smoothed([1.0, 2.0, 6.0, 3.0], over=1) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
