@@ -1,5 +1,5 @@
-"""``moetrain report FOLDER``: a run's loss, balance, loads and drops, or how the runs of a sweep compare, as one HTML page
-and its pictures."""
+"""``moetrain report FOLDER``: a run's loss, balance, loads and drops, or how the runs of a sweep compare, as one HTML
+page and its pictures."""
 
 import contextlib
 from collections.abc import Iterator

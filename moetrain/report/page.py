@@ -84,7 +84,10 @@ def _images(pictures: dict[str, Path], words: dict[str, str]) -> list[str]:
 def _html(table: Table) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>\n" for row in table.rows)
-    return f"<div class='wide'><table class='{table.kind}'><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+    return (
+        f"<div class='wide'><table class='{table.kind}'><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _facts(found: History) -> list[str]:

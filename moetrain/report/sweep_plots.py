@@ -1,4 +1,4 @@
-"""A sweep's pictures: loss against balance, and both over the steps, a colour a group. Drawn with what plots.py offers."""
+"""A sweep's pictures: loss against balance, and both over the steps, a colour a group."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from moetrain.report.trials import Group, Sweep
 MOST = 30
 """Groups in a picture: of more, those of the lowest loss."""
 
+Colour = tuple[float, float, float, float]
 WIDE = 9.0
 _MARKS = "osD^vP*X<>"
 
@@ -65,7 +66,7 @@ def _loss(groups: list[Group], baseline: Group, figure: Figure) -> None:
         margin = 0.08 * (max(*apart, 0.0) - min(*apart, 0.0)) or 0.01
         right.set_ylim(min(*apart, 0.0) - margin, max(*apart, 0.0) + margin)
     whole.set(title="Training loss, smoothed", ylabel="nats per token", xlabel="step")
-    right.set(title=f"minus that of {_cut(baseline.label)}, seed by seed", xlabel="step")
+    right.set(title=f"difference from {_cut(baseline.label)}, seed by seed", xlabel="step")
     for axes in (whole, right):
         _steps(axes)
     _legend(groups, right)
@@ -104,7 +105,7 @@ def _curves(series: list[tuple[list[int], list[float]]]) -> tuple[list[int], lis
     return at, [smoothed(values, over=max(1, len(values) // 30))[: len(at)] for _, values in series]
 
 
-def _band(axes: Axes, at: list[int], curves: list[list[float]], colour: object) -> None:
+def _band(axes: Axes, at: list[int], curves: list[list[float]], colour: Colour) -> None:
     """The mean of the curves, and from their lowest to their highest."""
     if not at or not curves:
         return
@@ -125,7 +126,7 @@ def _legend(groups: list[Group], axes: Axes, *, marks: bool = False) -> None:
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, fontsize=9)
 
 
-def _colour(i: int, groups: list[Group]) -> object:
+def _colour(i: int, groups: list[Group]) -> Colour:
     """Ten that are told apart at a glance; of more, a scale in the order of the groups."""
     return colormaps["tab10"](i) if len(groups) <= 10 else colormaps["turbo"](0.04 + 0.92 * i / (len(groups) - 1))
 

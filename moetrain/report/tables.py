@@ -63,10 +63,11 @@ def against(found: Sweep, baseline: Group) -> Table:
         head += [f"{title}, difference", "95% interval", "in words"]
     rows: dict[str, list[str]] = {g.label: [g.label] for g in found.groups if g is not baseline}
     for name in LOSSES:
+        known = {g.label for g in found.groups if g.of_seed(name)}
         for label, difference in differences(found, baseline, name).items():
             if len(rows[label]) == 1:
                 rows[label].append(str(difference.seeds if difference else 0))
-            rows[label] += _words(difference)
+            rows[label] += _words(difference, measured={label, baseline.label} <= known)
     return Table(head, list(rows.values()))
 
 
@@ -79,13 +80,13 @@ def not_counted(found: Sweep) -> Table:
 def facts(found: Sweep) -> list[str]:
     """What was run, in short."""
     counts = [f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in found.points))]
-    steps = sorted({len(trial.history.steps) for trial in found.trials})
-    tokens = sorted({sum(trial.history.tokens) for trial in found.trials})
+    steps = [len(trial.history.steps) for trial in found.trials]
+    tokens = [sum(trial.history.tokens) for trial in found.trials]
     sizes = sorted({str(size(trial.cfg.model)) for trial in found.trials})
     seconds = sum(trial.history.seconds for trial in found.trials)
     return [
         f"{len(found.points)} points: {', '.join(counts)}",
-        f"{' to '.join(f'{n:,}' for n in _ends(steps))} steps, {' to '.join(f'{n:,}' for n in _ends(tokens))} tokens each",
+        f"{_range(steps)} steps, {_range(tokens)} tokens each",
         *(sizes if len(sizes) == 1 else []),
         f"{seconds / 3600:.1f} hours of steps" if seconds >= 3600 else f"{seconds / 60:.1f} minutes of steps",
     ]
@@ -103,27 +104,27 @@ def markdown(found: Sweep, baseline: Group) -> str:
 
 def notes(found: Sweep) -> list[str]:
     """What the columns mean, a sentence each."""
-    steps = [min(found.last, len(trial.history.steps)) for trial in found.trials]
-    short = [n for n in steps if n < found.last]
-    logged = _ends(sorted({trial.logged for trial in found.trials}))
-    looks = "none of them" if logged == [0] else f"{' to '.join(map(str, logged))} of them"
+    short = sum(len(trial.history.steps) < found.last for trial in found.trials)
+    logged = _range([trial.logged for trial in found.trials])
     return [
         f"training loss: mean of the last {found.last} steps of a run"
-        + (f" ({len(short)} runs are shorter: all their steps)" if short else "")
+        + (f" ({short} runs are shorter: all their steps)" if short else "")
         + "; held-out loss: at its end. Nats a token, mean over seeds ± sample standard deviation over seeds",
-        "max violation: max load / mean load - 1 of a step, before drops, mean over the steps that were logged among the "
-        f"last {found.last} ({looks}), then mean over layers, or that of a seed's worst layer; mean over seeds",
-        "of summed load: the same of the load summed over these steps: an expert that is always hot stays hot, the noise "
-        "of single batches goes",
-        f"dropped: share of the assignments (tokens x top_k x MoE layers) of the last {found.last} steps; tokens/s: median",
+        "max violation: max load / mean load - 1 of a step, before drops, mean over the steps that were logged among "
+        f"the last {found.last} ({logged} of them), then mean over layers, or that of a seed's worst layer; mean over "
+        "seeds",
+        "of summed load: the same of the load summed over these steps: an expert that is always hot stays hot, the "
+        "noise of single batches goes",
+        f"dropped: share of the assignments (tokens x top_k x MoE layers) of the last {found.last} steps",
+        "tokens/s: median over steps",
     ]
 
 
 def comparison_note(baseline: Group) -> str:
     return (
-        f"Differences from {baseline.label}, paired by seed; intervals are Student's t with one degree less than seeds. "
-        "'lower' and 'higher' where the interval excludes 0; each stands alone, so that of twenty comparisons of "
-        "what does not differ one is expected to."
+        f"Differences from {baseline.label}, paired by seed; intervals are Student's t with one degree less than "
+        "seeds. 'lower' and 'higher' where the interval excludes 0; each stands alone, so that of twenty comparisons "
+        "of what does not differ one is expected to."
     )
 
 
@@ -163,13 +164,13 @@ def _cell(group: Group, m: Measure) -> str:
     return format(mean(values), m.form) + (f" ± {deviation:{m.form}}" if deviation is not None else "")
 
 
-def _words(d: Difference | None) -> list[str]:
+def _words(d: Difference | None, *, measured: bool) -> list[str]:
     if d is None:
-        return ["-", "-", "no seed in common"]
+        return ["-", "-", "no seed in common" if measured else "not measured"]
     interval = "-" if d.half is None else f"{d.mean - d.half:+.4f} to {d.mean + d.half:+.4f}"
     return [f"{d.mean:+.4f}", interval, d.verdict]
 
 
-def _ends(ordered: list[int]) -> list[int]:
-    """The least and the most, once where they are one."""
-    return ordered[:1] + ordered[1:][-1:]
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,4 +1,4 @@
-"""A sweep as groups of finished runs that differ by their seed alone, each run with the numbers that a report compares."""
+"""A sweep as groups of finished runs that differ by their seed alone, each with the numbers that a report compares."""
 
 import dataclasses
 import re
@@ -134,7 +134,7 @@ def _trial(sweep: Path, point: Point, last: int) -> Trial:
         point, cfg, found,
         loss=mean(found.loss[-last:]), held_out=point.loss, logged=len(logged),
         per_step_L=[mean(list(x)) for x in zip(*violations, strict=True)],
-        summed_L=[max(load_E) / mean(load_E) - 1 for load_E in found.load_LE] if whole and logged else [],
+        summed_L=[max(load_E) - 1 for load_E in found.load_LE] if whole and logged else [],
         drop_rate=sum(found.dropped[-last:]) / max(1, assignments),
         tokens_per_second=median(found.tokens_per_second) if found.tokens_per_second else None,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _folder(sweep: Path, point: Point) -> Path:
 
 
 def _labels(groups: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Overrides -> those that differ between groups, by the last part of their key; only the value where that says it."""
+    """Overrides -> those that differ between groups, by the end of their key; alone the value where that will do."""
     found = {group: leaves(list(group)) for group in groups}
     values: dict[str, set[str | None]] = {}
     for key in {key for leaf in found.values() for key in leaf}:

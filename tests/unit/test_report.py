@@ -118,12 +118,12 @@ def refused(capsys, argv: list[str], says: str) -> None:
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch) -> None:
-    refused(capsys, [], "takes one run folder, not 0")
-    refused(capsys, ["a", "b"], "takes one run folder, not 2")
+    refused(capsys, [], "takes one folder, not 0")
+    refused(capsys, ["a", "b"], "takes one folder, not 2")
     refused(capsys, ["--open", "a"], "unknown option --open")
-    refused(capsys, [str(tmp_path / "none")], "is not a folder: name that of a run")
+    refused(capsys, [str(tmp_path / "none")], "is not a folder: name that of a run or a sweep")
     (tmp_path / "empty").mkdir()
-    refused(capsys, [str(tmp_path / "empty")], "metrics.jsonl cannot be read (No such file or directory)")
+    refused(capsys, [str(tmp_path / "empty")], "is neither a run (no metrics.jsonl) nor a sweep")
     (tmp_path / "empty/metrics.jsonl").write_text("")
     refused(capsys, [str(tmp_path / "empty")], "has no step yet")
     (tmp_path / "empty/metrics.jsonl").write_text("nonsense\n{}\n")
