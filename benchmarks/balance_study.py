@@ -24,17 +24,21 @@ EVEN = 0.15
 """Max violation of summed load that a selection bias should come under."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sweep", type=Path, help="the folder of the runs, runs/balance-study")
     parser.add_argument(
         "--write", type=Path, required=True, help="the page; its pictures go to the folder NAME beside it"
     )
     parser.add_argument("--last", type=int, default=LAST, help=f"last steps that the numbers are of ({LAST})")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         by_hand = kept(args.write)
         found = sweep(args.sweep, last=args.last)
+        if missing := {*BASELINES} - {g.label for g in found.groups}:
+            raise UserError(
+                f"{args.sweep} has no finished run of {' and '.join(sorted(missing))}: name the study's folder"
+            )
         pictures = args.write.with_suffix("")
         pictures.mkdir(parents=True, exist_ok=True)
         draw(found, found.group(BASELINES[0]), pictures)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moetrain.report.read import History
 from moetrain.report.tables import Table, against, comparison_note, facts, not_counted, notes, of_groups
-from moetrain.report.trials import Group, Sweep
+from moetrain.report.trials import MOST, Group, Sweep
 from moetrain.telemetry.alerts import METRICS
 
 _CSS = """
@@ -48,6 +48,8 @@ def sweep_page(found: Sweep, baseline: Group, pictures: dict[str, Path]) -> str:
     if len(found.groups) > 1:
         body += [f"<h2>Against {html.escape(baseline.label)}</h2>", _html(against(found, baseline))]
         body += [f"<p class='note'>{html.escape(comparison_note(baseline))}</p>"]
+    if len(found.groups) > MOST:
+        body += [f"<p class='note'>The pictures show the {MOST} groups of the lowest training loss.</p>"]
     body += _images(pictures, SWEEP_WORDS)
     if found.left_out:
         body += ["<h2>Not counted</h2>", _html(not_counted(found))]

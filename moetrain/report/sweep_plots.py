@@ -1,14 +1,10 @@
 """A sweep's pictures: loss against balance, and both over the steps, a colour a group."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from moetrain.report.plots import Axes, Figure, Line2D, MaxNLocator, Picture, colormaps, one, render, smoothed
 from moetrain.report.stats import mean
-from moetrain.report.trials import Group, Sweep
-
-MOST = 30
-"""Groups in a picture: of more, those of the lowest loss."""
+from moetrain.report.trials import MOST, Group, Sweep
 
 Colour = tuple[float, float, float, float]
 WIDE = 9.0
@@ -40,8 +36,7 @@ def _tradeoff(groups: list[Group], axes: Axes) -> None:
             *zip(*dots, strict=True), s=46, color=_colour(i, groups), marker=_MARKS[i % len(_MARKS)], alpha=0.85,
             edgecolor="white", linewidth=0.6, zorder=3,
         )  # fmt: skip
-    if not _log_where_wide(violations, axes.set_xscale):
-        axes.set_xlim(left=-0.02 * max(violations))
+    _violations(axes, "x", violations)
     axes.set(
         title="Loss against balance, a dot a seed", xlabel="max violation (mean over layers, of the last steps)",
         ylabel=f"{'held-out' if held_out else 'training'} loss, nats per token",
@@ -66,7 +61,9 @@ def _loss(groups: list[Group], baseline: Group, figure: Figure) -> None:
         margin = 0.08 * (max(*apart, 0.0) - min(*apart, 0.0)) or 0.01
         right.set_ylim(min(*apart, 0.0) - margin, max(*apart, 0.0) + margin)
     whole.set(title="Training loss, smoothed", ylabel="nats per token", xlabel="step")
-    right.set(title=f"difference from {_cut(baseline.label)}, seed by seed", xlabel="step")
+    right.set(
+        title="and its difference", ylabel=f"minus that of the same seed of\n{_cut(baseline.label)}", xlabel="step"
+    )
     for axes in (whole, right):
         _steps(axes)
     _legend(groups, right)
@@ -91,8 +88,7 @@ def _balance(groups: list[Group], axes: Axes) -> None:
         at, curves = _curves([(logged, [mean(x) for x in layers]) for logged, layers in health])
         seen += [x for curve in curves for x in curve]
         _band(axes, at, curves, _colour(i, groups))
-    if not _log_where_wide(seen, axes.set_yscale):
-        axes.set_ylim(bottom=0)
+    _violations(axes, "y", seen)
     axes.set(title="Balance, smoothed", ylabel="max violation, mean over layers", xlabel="step")
     _steps(axes)
     _legend(groups, axes)
@@ -131,18 +127,27 @@ def _colour(i: int, groups: list[Group]) -> Colour:
     return colormaps["tab10"](i) if len(groups) <= 10 else colormaps["turbo"](0.04 + 0.92 * i / (len(groups) - 1))
 
 
-def _log_where_wide(values: list[float], scale: Callable[..., None]) -> bool:
-    """A log scale where values differ by a factor of 20; linear below the least, where a group is exactly even.
-
-    Whether there is no zero on it.
-    """
+def _violations(axes: Axes, name: str, values: list[float]) -> None:
+    """The ``name`` ("x" or "y") axis of max violations: from 0; a log scale where they differ by a factor of 20, linear
+    below the least where a group is exactly even."""
+    axis, limits = (axes.xaxis, axes.set_xlim) if name == "x" else (axes.yaxis, axes.set_ylim)
+    scale = axes.set_xscale if name == "x" else axes.set_yscale
     above = [x for x in values if x > 1e-3]
-    wide = bool(above) and max(above) > 20 * min(above)
-    if wide and len(above) == len(values):
+    if not above or max(above) <= 20 * min(above):
+        limits(-0.02 * max(values) if name == "x" else 0.0)
+        return
+    least, most = min(above), max(above)
+    even = len(above) < len(values)
+    if even:
+        scale("symlog", linthresh=least, linscale=0.6)
+        limits(-0.15 * least if name == "x" else 0.0, 1.3 * most)
+    else:
         scale("log")
-    elif wide:
-        scale("symlog", linthresh=min(above))
-    return wide and len(above) == len(values)
+    few = most > 1000 * least
+    marks = [m * 10.0**n for n in range(-3, 4) for m in ((1,) if few else (1, 2, 5))]
+    marks = [x for x in marks if least <= x <= 1.3 * most]
+    axis.set_ticks([0.0] * even + marks, [f"{x:g}" for x in [0.0] * even + marks])
+    axis.set_ticks([], minor=True)
 
 
 def _steps(axes: Axes) -> None:

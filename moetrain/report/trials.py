@@ -14,6 +14,9 @@ from moetrain.report.stats import Difference, mean, median, paired
 LAST = 50
 """Last steps that a run's numbers are of."""
 
+MOST = 30
+"""Groups in a picture: of more, those of the lowest training loss."""
+
 _SEED = re.compile(r"\+*seed=")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*")
 

@@ -5,6 +5,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from moetrain.cli.compose import folder, register
 from moetrain.cli.main import main
@@ -17,17 +18,19 @@ GROWING = {"sparsity": sorted, "sparsity_top_k": lambda sizes: sorted(sizes, rev
 """Those whose total parameters change, and in which order; in all others they may not."""
 
 
-def composed(words: list[str]):
+@pytest.fixture
+def started():
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder())):
-        return hydra.compose("train", overrides=words, return_hydra_config=True)
+        yield
 
 
 def points(name: str) -> list[list[str]]:
-    """The overrides of each point, as Hydra's own sweeper makes them of ``hydra.sweeper.params``."""
-    params = composed([f"sweep={name}"]).hydra.sweeper.params
-    words = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    """The overrides of each point, as Hydra's own sweeper makes them of ``hydra.sweeper.params``; of the seeds one."""
+    params = hydra.compose("train", overrides=[f"sweep={name}"], return_hydra_config=True).hydra.sweeper.params
+    values = {key: str(value).split(",")[0] if key == "seed" else value for key, value in params.items()}
+    words = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in values.items()])
     (batch,) = BasicSweeper.split_arguments(words, max_batch_size=None)
     return [list(point) for point in batch]
 
@@ -39,17 +42,13 @@ def without_gates(cfg: Config) -> Size:
     return Size(found.total - gates, found.active - gates, found.matmul - gates)
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_point_is_legal_and_the_claim_holds(name: str) -> None:
-    from omegaconf import OmegaConf
-
     found = []
     base = [] if "override /experiment" in (folder() / f"sweep/{name}.yaml").read_text() else ["experiment=quickstart"]
     for point in points(name):
-        node = composed([f"sweep={name}", *base, *point])
-        OmegaConf.set_struct(node, False)
-        node.pop("hydra")
-        cfg = OmegaConf.to_object(node)
+        cfg = OmegaConf.to_object(hydra.compose("train", overrides=[f"sweep={name}", *base, *point]))
         assert isinstance(cfg, Config)
         check(cfg, world=wanted_ranks(cfg.layout, device=cfg.train.device))
         found.append(cfg)

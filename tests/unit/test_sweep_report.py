@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import Links, record
+from test_report import Links, record, run
 
 from moetrain import config as configs
 from moetrain.cli.main import main
@@ -22,6 +22,10 @@ from moetrain.job import Config, RunConfig
 from moetrain.report.points import leaves, short
 from moetrain.report.stats import Difference, paired, t_quantile
 from moetrain.report.trials import _labels, sweep
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import balance_study
 
 LAST, LAYERS = 3, 2
 WORDS = [
@@ -69,18 +73,18 @@ def test_the_numbers_of_a_group_are_those_of_its_runs(swept, capsys) -> None:
     for label, row in rows.items():
         mine = [p for p in points if f"model.moe.dispatcher.{label}" in p["overrides"]]
         runs = [steps(Path(p["folder"])) for p in mine]
-        losses[label] = {seed: sum(r["loss"] for r in run) / LAST for seed, run in enumerate(runs, 1)}
+        losses[label] = {seed: sum(r["loss"] for r in trial) / LAST for seed, trial in enumerate(runs, 1)}
         one, two = losses[label].values()
         assert row["seeds"] == "1 2"
         assert float(row["loss"]) == pytest.approx((one + two) / 2)
         assert float(row["loss_std"]) == pytest.approx(abs(one - two) / math.sqrt(2))
         assert float(row["held_out"]) == pytest.approx(sum(p["loss"] for p in mine) / 2)
         worst, summed, dropped = [], [], []
-        for run in runs:
-            worst.append(max(sum(r["health"]["max_violation"][i] for r in run) / LAST for i in range(LAYERS)))
-            loads = [[sum(r["health"]["load"][i][e] for r in run) / LAST for e in range(4)] for i in range(LAYERS)]
+        for trial in runs:
+            worst.append(max(sum(r["health"]["max_violation"][i] for r in trial) / LAST for i in range(LAYERS)))
+            loads = [[sum(r["health"]["load"][i][e] for r in trial) / LAST for e in range(4)] for i in range(LAYERS)]
             summed.append(sum(max(load) - 1 for load in loads) / LAYERS)
-            dropped.append(sum(x for r in run for x in r["health"]["drop_rate"]) / LAST / LAYERS)
+            dropped.append(sum(x for r in trial for x in r["health"]["drop_rate"]) / LAST / LAYERS)
         assert float(row["violation_worst"]) == pytest.approx(sum(worst) / 2)
         assert float(row["summed"]) == pytest.approx(sum(summed) / 2)
         assert float(row["summed_worst"]) < float(row["violation_worst"])
@@ -158,7 +162,9 @@ def test_many_groups_of_one_seed(tmp_path) -> None:
             return "exit code 1" if number == 9 else ""
 
         run_point(lambda cfg=cfg: cfg, train, sweep=tmp_path / "runs", number=number, overrides=[f"optim.lr={number}"])
-    table = report(tmp_path / "runs")[-2].read_text()
+    files = report(tmp_path / "runs")
+    assert "show the 30 groups of the lowest" in files[0].read_text()
+    table = files[-2].read_text()
     assert table.count("| one seed: no interval |") == 33, "36, but for two that are not counted, and the baseline"
     assert table.count("| not measured |") == 33, "there is no held-out loss"
     assert "no seed in common" not in table
@@ -197,3 +203,39 @@ def test_labels_say_what_differs() -> None:
     assert labels(wide, narrow) == ["hidden=4 top_k=2", "hidden=2 top_k=4"]
     assert leaves([wide]) == {"m.num_experts": "8", "m.hidden": "4", "m.router.top_k": "2"}
     assert (short(wide), short("optim.lr=1")) == ("num_experts=8,hidden=4,top_k=2", "optim.lr=1")
+
+
+def test_the_page_of_the_study_keeps_what_is_written_by_hand(swept, tmp_path, capsys) -> None:
+    for number, method in enumerate(m for m in ("none", "switch", "expert_bias") for _ in range(2)):
+        name = f"runs/{number:03d}-{method}"
+        cfg = configs.replace(Config(), seed=number % 2, run=RunConfig(dir=str(tmp_path), name=name))
+
+        def train(cfg: Config, number: int = number) -> str:
+            run(cfg.run.folder, steps=8 + number // 2, every=1)
+            configs.write(cfg, cfg.run.folder / "config.yaml")
+            return ""
+
+        words = [f"method={method}", f"seed={number % 2}"]
+        run_point(lambda cfg=cfg: cfg, train, sweep=tmp_path / "runs", number=number, overrides=words)
+
+    def write(folder: Path) -> str:
+        """What is said of an error, or nothing."""
+        code = balance_study.main([str(folder), "--write", str(tmp_path / "page.md"), "--last", "4"])
+        said = capsys.readouterr().err
+        assert code == (2 if said else 0)
+        return said
+
+    assert write(tmp_path / "runs") == ""
+    page = (tmp_path / "page.md").read_text()
+    assert "| `none` | No balancing at all. |" in page
+    assert page.index("## Against none") < page.index("## Against switch")
+    assert "`expert_bias`, load summed over 4 logged steps of the last 4" in page
+    assert all((tmp_path / found).stat().st_size for found in re.findall(r"\((page/\w+\.png)\)", page))
+    assert len(re.findall(r"\(page/\w+\.png\)", page)) == 3
+    (tmp_path / "page.md").write_text(page.replace("by hand: begin -->", "by hand: begin -->\nSeen."))
+    assert write(tmp_path / "runs") == ""
+    assert (tmp_path / "page.md").read_text() == page.replace("by hand: begin -->", "by hand: begin -->\nSeen.")
+    assert "has no finished run of none and switch" in write(swept)
+    (tmp_path / "page.md").write_text("Mine.")
+    assert "has not one <!-- by hand: begin -->" in write(tmp_path / "runs")
+    assert (tmp_path / "page.md").read_text() == "Mine."
