@@ -18,12 +18,13 @@ PY := $(VENV)/bin/python
 BOOT := $(or $(PYTHON),python3)
 INSTALL = $(BOOT) launch/install.py --venv "$(VENV)" --python "$(PYTHON)" --torch "$(TORCH)"
 
-.PHONY: help install train test verified verified-pipelines check-python
+.PHONY: help install train test verified verified-pipelines balance-study check-python
 
 help:
 	@echo "make train    install if needed, then train the quickstart   (ARGS=... go to moetrain train)"
 	@echo "make test     install if needed, then ruff, pyright, pytest  (ARGS=... go to pytest)"
 	@echo "make verified verify every layout of 1, 2, 4 and 8 ranks and write docs/verified.md: 40 minutes on two cores"
+	@echo "make balance-study  train 21 small models, seven ways of balancing, and write docs/balance-study.md: two hours"
 	@echo "make install  only install                                   (EXTRAS=gpu,wandb adds extras)"
 	@echo "Choices: PYTHON=python3.12  TORCH=auto|system|cpu|cuda  VENV=.venv  PIP_ARGS='...'"
 
@@ -99,3 +100,9 @@ verified-pipelines: install
 	  --case 'float64@4,8 pp=2/4: train.dtype=float64 pipeline.schedule=dualpipev model.num_layers=4' \
 	  --case 'bfloat16@4,8 pp=2/3: train.dtype=bfloat16 pipeline.schedule=zbv model.num_layers=4' \
 	  --write docs/verified.md --append $(ARGS)
+
+# Seven ways of balancing, three seeds each; a run that is done is not run again, so that the same command continues.
+balance-study: check-python
+	@$(INSTALL) --extras "report,$(EXTRAS)"
+	@$(PY) -m moetrain train -m sweep=balance_study $(ARGS)
+	@$(PY) benchmarks/balance_study.py runs/balance-study --write docs/balance-study.md

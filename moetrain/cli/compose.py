@@ -26,6 +26,7 @@ from moetrain.cli import sweep
 from moetrain.config import OPTIONS, UserError, keys, nearest
 from moetrain.data.loader import CorpusConfig
 from moetrain.job import Config
+from moetrain.report.points import short
 
 PACKAGES = {
     "gate": "model.moe.gate",
@@ -51,6 +52,10 @@ HYDRA_FLAGS = (
 )
 
 
+SWEEP = ("sweep=", "+sweep=")
+"""How a word begins that names a sweep of configs/sweep/, which is many jobs."""
+
+
 def folder() -> Path:
     """configs/: beside the package in a checkout, inside it where installed from a wheel."""
     package = Path(moetrain.__file__).parent
@@ -74,14 +79,15 @@ def register() -> None:
 def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
     """(what Hydra understands, (corpus, key, value) of ``data.corpora.NAME.key=value``).
 
-    Hydra cannot add a typed node to a mapping, so corpora are added here. ``+experiment=x`` is ``experiment=x``.
+    Hydra cannot add a typed node to a mapping, so corpora are added here. ``+experiment=x`` is ``experiment=x``, and
+    ``+sweep=x`` is ``sweep=x``.
     """
     rest, corpora = [], []
     for word in argv:
         if found := re.fullmatch(r"\+*data\.corpora\.([\w-]+)\.(\w+)=(.*)", word, re.S):
             corpora.append(found.groups())
         else:
-            rest.append(re.sub(r"^\+(experiment=)", r"\1", word))
+            rest.append(re.sub(r"^\+((?:experiment|sweep)=)", r"\1", word))
     return rest, corpora
 
 
@@ -100,6 +106,8 @@ def compose(argv: list[str]) -> Config:
             )
         if "=" not in word and not word.startswith("~"):
             raise UserError(f"{word!r} is not key=value: write for example optim.lr=3e-4")
+        if word.startswith(SWEEP):
+            raise UserError(f"{word} is many jobs, and this is one: moetrain train -m {word} ... runs them")
     register()
     GlobalHydra.instance().clear()
     with _one_line(), hydra.initialize_config_dir(version_base="1.3", config_dir=str(folder())):
@@ -113,6 +121,9 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> Path | None:
     """
     register()
     argv, corpora = split(argv)
+    for word in argv:
+        if word.startswith(SWEEP) and "," in word:
+            raise UserError(f"{word}: one sweep at a time, for example {word.partition(',')[0]}")
 
     def job(node) -> float:
         hc = HydraConfig.get()
@@ -122,7 +133,7 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> Path | None:
         def make() -> Config:
             with _one_line():
                 cfg = _finish(node, corpora)
-            name = f"{cfg.run.name}/{hc.job.num:03d}-{','.join(swept)}"[:200].rstrip("-").replace(" ", "")
+            name = f"{cfg.run.name}/{hc.job.num:03d}-{','.join(map(short, swept))}"[:200].rstrip("-").replace(" ", "")
             return configs.replace(cfg, run=configs.replace(cfg.run, name=name))
 
         return sweep.run_point(make, run, sweep=Path(hc.sweep.dir), number=hc.job.num, overrides=swept)

@@ -5,30 +5,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
-
-
-class Status(Enum):
-    done = "done"
-    skipped = "skipped"
-    failed = "failed"
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """``loss`` is the mean held-out loss in nats a token; ``reason`` says in one line why there is none."""
-
-    number: int
-    overrides: list[str]
-    folder: str
-    status: Status
-    reason: str = ""
-    loss: float | None = None
+from moetrain.report.points import Point, Status, paths, read
 
 
 def run_point(
@@ -56,16 +38,10 @@ def run_point(
         status, reason = Status.failed, f"{type(e).__name__}: {e}".splitlines()[0]
         print(f"failed {' '.join(overrides)}: {reason}", flush=True)
     point = Point(number, overrides, folder, status, reason, loss)
-    path = _points(sweep) / f"{number:03d}.json"
+    path = sweep / "points" / f"{number:03d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(point) | {"status": status.value}, indent=1) + "\n")
     return math.inf if loss is None else loss
-
-
-def read(sweep: Path) -> list[Point]:
-    """The points of a sweep in the order of their numbers; none where there was no sweep."""
-    found = [json.loads(path.read_text()) for path in sorted(_points(sweep).glob("*.json"))]
-    return [Point(**data | {"status": Status(data["status"])}) for data in found]
 
 
 def summary(sweep: Path) -> list[str]:
@@ -78,12 +54,8 @@ def summary(sweep: Path) -> list[str]:
 
 def begin(sweep: Path) -> None:
     """Forget what became of the points the last time."""
-    for path in _points(sweep).glob("*.json"):
+    for path in paths(sweep):
         path.unlink()
-
-
-def _points(sweep: Path) -> Path:
-    return sweep / "points"
 
 
 def _finished(cfg: Config) -> bool:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from moetrain import config as configs
-from moetrain.cli.compose import HYDRA_FLAGS, compose, with_hydra
+from moetrain.cli.compose import HYDRA_FLAGS, SWEEP, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
-from moetrain.cli.sweep import Status, read, summary
+from moetrain.cli.sweep import summary
 from moetrain.config import UserError
 from moetrain.job import Config, preflight
 from moetrain.model.flops import size
+from moetrain.report.points import Status, read
 from moetrain.world import launched, wanted_ranks
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
             "ranks itself"
         )
     if "--config" not in argv and any(word.split("=")[0] in HYDRA_FLAGS for word in argv):
-        if "--cfg" in argv or "-c" in argv:
+        if ("--cfg" in argv or "-c" in argv) and not any(word.startswith(SWEEP) for word in argv):
             print(f"# {size(compose(_overrides(argv)).model)}", flush=True)
         sweep = with_hydra(argv, _sweep_job)
         return _swept(sweep) if sweep else 0
@@ -44,8 +45,11 @@ def _sweep_job(cfg: Config) -> str:
 
 
 def _swept(sweep: Path) -> int:
+    found = [point.status for point in read(sweep)]
     print("\n".join(["", *summary(sweep)]))
-    return 1 if any(point.status is Status.failed for point in read(sweep)) else 0
+    if Status.done in found:
+        print(f"compare them: moetrain report {sweep}")
+    return 1 if Status.failed in found else 0
 
 
 def _overrides(argv: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moetrain.config import UserError, config
 
-KINDS = ("zero", "copy", "constant", "null")
+KINDS = ("zero", "copy", "constant", "nulls")
 """In the order of their ids."""
 
 
@@ -34,7 +34,7 @@ class ZeroComputationConfig:
     zero: int = 0
     copy: int = 0
     constant: int = 0
-    null: int = 0
+    nulls: int = 0
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class ZeroComputationConfig:
     @property
     def total(self) -> int:
         """Z of a layer."""
-        return self.zero + self.copy + self.constant + self.null
+        return self.zero + self.copy + self.constant + self.nulls
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {kind}" for kind in KINDS if (count := getattr(self, kind)))
@@ -64,21 +64,21 @@ class ZeroComputationConfig:
         MoE++'s (tau N_F + N_Z) / tau: its FFN capacity is factor * T * K by this. Zero-computation experts have no
         capacity, where the paper gives them factor * T * K / (tau N_F + N_Z): what stays in place needs no buffer.
         """
-        return num_experts + self.null + (self.total - self.null) / self.weight
+        return num_experts + self.nulls + (self.total - self.nulls) / self.weight
 
     def weighted(self, P_TC: Tensor) -> Tensor:
         """(T, C) scores, those of zero, copy and constant experts times ``weight`` (MoE++: eta_i of eta_i f_i P_i)."""
         if self.weight == 1.0:
             return P_TC
-        E, weighted = P_TC.shape[1] - self.total, self.total - self.null
-        experts_TE, weighted_TX, null_TX = P_TC.split([E, weighted, self.null], 1)
+        E, weighted = P_TC.shape[1] - self.total, self.total - self.nulls
+        experts_TE, weighted_TX, null_TX = P_TC.split([E, weighted, self.nulls], 1)
         return torch.cat([experts_TE, self.weight * weighted_TX, null_TX], 1)
 
     def levelled(self, load_XC: Tensor) -> Tensor:
         """(..., C) float loads, each null expert's the mean of all of them (AdaMoE: it matters not which one it is)."""
-        if self.null < 2:
+        if self.nulls < 2:
             return load_XC
-        rest_XC, null_XC = load_XC.split([load_XC.shape[-1] - self.null, self.null], -1)
+        rest_XC, null_XC = load_XC.split([load_XC.shape[-1] - self.nulls, self.nulls], -1)
         return torch.cat([rest_XC, null_XC.mean(-1, keepdim=True).expand_as(null_XC)], -1)
 
     def shared_out(self, ids_TK: Tensor, weights_TK: Tensor, *, num_experts: int) -> Tensor:
@@ -86,9 +86,9 @@ class ZeroComputationConfig:
 
         Weights that sum to 1 do so still, over the true experts. A token that chose null experts only gets zeros.
         """
-        if not self.null:
+        if not self.nulls:
             return weights_TK
-        first = num_experts + self.total - self.null
+        first = num_experts + self.total - self.nulls
         true_TK = torch.where((ids_TK >= 0) & (ids_TK < first), weights_TK, 0)
         all_T1 = torch.where(ids_TK >= 0, weights_TK, 0).sum(1, keepdim=True)
         true_T1 = true_TK.sum(1, keepdim=True)

@@ -1,10 +1,12 @@
-"""One HTML file of a run: pictures and a table, nothing loaded from anywhere."""
+"""One HTML file of a run, or of a sweep: pictures and tables, nothing loaded from anywhere."""
 
 import base64
 import html
 from pathlib import Path
 
 from moetrain.report.read import History
+from moetrain.report.tables import Table, against, comparison_note, facts, not_counted, notes, of_groups
+from moetrain.report.trials import MOST, Group, Sweep
 from moetrain.telemetry.alerts import METRICS
 
 _CSS = """
@@ -14,7 +16,9 @@ h1 { font-size: 1.4rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-to
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0 } p.facts { color: #51606f; margin-top: 0 }
 div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #dde4ea; white-space: nowrap }
-th { font-weight: 600 } dt { font-weight: 600 } dd { margin: 0 0 .3rem 1.2rem }
+th { font-weight: 600 } p.note { color: #51606f; font-size: .85rem; margin: .3rem 0 }
+table.words td:first-child, table.words th:first-child { text-align: left }
+table.lines td { text-align: left; white-space: normal } dt { font-weight: 600 } dd { margin: 0 0 .3rem 1.2rem }
 """
 WORDS = {
     "loss": "Training loss, and held-out loss where it was measured.",
@@ -22,16 +26,38 @@ WORDS = {
     "load": "Load of every expert over its even share: 1 is even.",
     "drops": "Assignments that found no room under capacity dispatch.",
 }
+SWEEP_WORDS = {
+    "tradeoff": "Loss against balance, a dot a run.",
+    "loss": "Training loss of each group, mean over seeds, and its difference from the baseline's, seed by seed.",
+    "balance": "Max violation of each group over the steps, mean over layers and seeds.",
+}
 
 
 def page(found: History, pictures: dict[str, Path]) -> str:
-    """The whole file."""
-    images = "\n".join(
-        f'<img alt="{html.escape(WORDS[name])}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for name, path in pictures.items()
-    )
-    name = html.escape(found.name)
+    """The whole file of a run."""
+    return _document(found.name, _facts(found), [*_images(pictures, WORDS), _table(found)])
+
+
+def sweep_page(found: Sweep, baseline: Group, pictures: dict[str, Path]) -> str:
+    """The whole file of a sweep."""
+    body = [
+        "<h2>Groups</h2>",
+        _html(of_groups(found)),
+        *(f"<p class='note'>{html.escape(x)}.</p>" for x in notes(found)),
+    ]
+    if len(found.groups) > 1:
+        body += [f"<h2>Against {html.escape(baseline.label)}</h2>", _html(against(found, baseline))]
+        body += [f"<p class='note'>{html.escape(comparison_note(baseline))}</p>"]
+    if len(found.groups) > MOST:
+        body += [f"<p class='note'>The pictures show the {MOST} groups of the lowest training loss.</p>"]
+    body += _images(pictures, SWEEP_WORDS)
+    if found.left_out:
+        body += ["<h2>Not counted</h2>", _html(not_counted(found))]
+    return _document(str(found.folder), facts(found), body)
+
+
+def _document(name: str, facts: list[str], body: list[str]) -> str:
+    name, lines = html.escape(name), "\n".join(body)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -42,18 +68,34 @@ def page(found: History, pictures: dict[str, Path]) -> str:
 </head>
 <body>
 <h1>{name}</h1>
-<p class="facts">{html.escape("; ".join(_facts(found)))}</p>
-{images}
-{_table(found)}
+<p class="facts">{html.escape("; ".join(facts))}</p>
+{lines}
 </body>
 </html>
 """
 
 
+def _images(pictures: dict[str, Path], words: dict[str, str]) -> list[str]:
+    return [
+        f'<img alt="{html.escape(words[name])}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for name, path in pictures.items()
+    ]
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>\n" for row in table.rows)
+    return (
+        f"<div class='wide'><table class='{table.kind}'><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
 def _facts(found: History) -> list[str]:
     rates = sorted(found.tokens_per_second)
     facts = [
-        f"{found.steps[-1]:,} steps, {found.tokens:,} tokens",
+        f"{found.steps[-1]:,} steps, {sum(found.tokens):,} tokens",
         f"loss {found.loss[0]:.4f} at step {found.steps[0]}, {found.loss[-1]:.4f} at step {found.steps[-1]}",
     ]
     facts += [f"held out {name}: {points[-1][1]:.4f} nats a token" for name, points in found.held_out.items()]

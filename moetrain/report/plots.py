@@ -1,22 +1,27 @@
-"""A run's pictures; the one file that needs matplotlib."""
+"""A run's pictures, and how any are made; the one file that needs matplotlib."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from moetrain.config import UserError
 from moetrain.report.read import History
 
 try:  # a plain ImportError would not say how to get it
     import matplotlib
+    from matplotlib import colormaps as colormaps
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D as Line2D
     from matplotlib.ticker import MaxNLocator
 except ImportError as e:
     raise UserError("a report needs matplotlib: pip install 'moetrain[report]'") from e
 
+F = TypeVar("F")
+Picture = Callable[[Figure], None]
 MAIN, WORST, OTHER, FAINT = "#1f6feb", "#d1495b", "#2a9d8f", "#9fb4cc"
 SIZE = (8.0, 3.6)
 DPI = 120
@@ -32,25 +37,35 @@ _STYLE = {
 
 def draw(found: History, folder: Path) -> dict[str, Path]:
     """Write the pictures to ``folder``, as PNG; returns name -> file. Those of health only where it was recorded."""
-    pictures: dict[str, tuple[Callable[[History, Axes], None], tuple[float, float]]] = {"loss": (_loss, SIZE)}
+    pictures: dict[str, tuple[Picture, tuple[float, float]]] = {"loss": (one(_loss, found), SIZE)}
     if found.logged:
         rows = len(found.load_LE)
-        pictures["balance"] = (_balance, SIZE)
-        pictures["load"] = (_load, (SIZE[0], min(9.0, max(2.4, 1.5 + 0.28 * rows))))
-    pictures["drops"] = (_drops, (SIZE[0], 2.8 if any(found.dropped) else 0.8))
+        pictures["balance"] = (one(_balance, found), SIZE)
+        pictures["load"] = (one(_load, found), (SIZE[0], min(9.0, max(2.4, 1.5 + 0.28 * rows))))
+    pictures["drops"] = (one(_drops, found), (SIZE[0], 2.8 if any(found.dropped) else 0.8))
+    return render(pictures, folder)
+
+
+def one(picture: Callable[[F, Axes], None], found: F) -> Picture:
+    """A picture of a single pair of axes."""
+    return lambda figure: picture(found, figure.add_subplot())
+
+
+def render(pictures: dict[str, tuple[Picture, tuple[float, float]]], folder: Path) -> dict[str, Path]:
+    """Name -> (what draws it, its size in inches), written as PNG; returns name -> file."""
     made = {}
     with matplotlib.rc_context(_STYLE):  # pyright: ignore[reportArgumentType] (its keys are a Literal)
         for name, (picture, size) in pictures.items():
             figure = Figure(figsize=size, layout="constrained")
             FigureCanvasAgg(figure)
-            picture(found, figure.add_subplot())
+            picture(figure)
             made[name] = folder / f"{name}.png"
             figure.savefig(made[name], dpi=DPI)
     return made
 
 
 def _loss(found: History, axes: Axes) -> None:
-    smooth = _smoothed(found.loss, over=max(1, len(found.loss) // 50))
+    smooth = smoothed(found.loss, over=max(1, len(found.loss) // 50))
     several = len(found.loss) >= 20
     if several:
         axes.plot(found.steps, found.loss, color=FAINT, linewidth=0.9, label="each step")
@@ -146,7 +161,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _smoothed(values: list[float], *, over: int) -> list[float]:
+def smoothed(values: list[float], *, over: int) -> list[float]:
     """Mean of a window of 2 * ``over`` + 1 around each, shorter at the ends."""
     sums = [0.0]
     for x in values:

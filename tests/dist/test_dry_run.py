@@ -36,7 +36,7 @@ CASES = {
     "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
     "zero-computation experts": (
         2, {"dp": 2, "ep": 2},
-        {"model": BIG | {"moe": BIG["moe"] | {"zero_computation": dict.fromkeys(("zero", "copy", "constant", "null"), 2)}}},
+        {"model": BIG | {"moe": BIG["moe"] | {"zero_computation": dict.fromkeys(("zero", "copy", "constant", "nulls"), 2)}}},
     ),
 }  # fmt: skip
 

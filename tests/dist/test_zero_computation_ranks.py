@@ -17,7 +17,7 @@ from moetrain.verify.outcome import Outcome
 from moetrain.verify.report import table
 from moetrain.verify.session import make_reference, verify
 
-EXTRA = {"zero": 1, "copy": 1, "constant": 2, "null": 2, "weight": 0.75}
+EXTRA = {"zero": 1, "copy": 1, "constant": 2, "nulls": 2, "weight": 0.75}
 BALANCE = {
     "switch": {"kind": "switch", "coef": 0.05},
     "sequence": {"kind": "sequence", "coef": 0.02},

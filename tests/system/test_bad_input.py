@@ -47,8 +47,8 @@ CASES = {
         "min_capacity=-1: an expert keeps so many assignments at the least, use 0 or more",
     ),
     "fewer null experts than none": (
-        "model.moe.zero_computation.null=-1",
-        "model.moe.zero_computation.null=-1: a number of experts, use 0 for none",
+        "model.moe.zero_computation.nulls=-1",
+        "model.moe.zero_computation.nulls=-1: a number of experts, use 0 for none",
     ),
     "a drop policy that is none": (
         "dispatcher=capacity model.moe.dispatcher.drop=probs",

@@ -16,7 +16,7 @@ from moetrain.model.flops import size
 from moetrain.model.transformer import Transformer
 from moetrain.moe.routers.topk import Score
 
-YAMLS = sorted(p.relative_to(folder()).with_suffix("") for p in folder().glob("*/*.yaml"))
+YAMLS = sorted(p.relative_to(folder()).with_suffix("") for p in folder().glob("*/*.yaml") if p.parent.name != "sweep")
 NEEDS = {"data/folder": ["data.corpora.text.path=/x"]}
 
 

@@ -13,7 +13,7 @@ import pytest
 from moetrain import config as configs
 from moetrain.cli.main import main
 from moetrain.job import Config
-from moetrain.report.plots import _smoothed
+from moetrain.report.plots import smoothed
 from moetrain.report.read import LAST, history
 from moetrain.telemetry.alerts import METRICS
 
@@ -118,12 +118,12 @@ def refused(capsys, argv: list[str], says: str) -> None:
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch) -> None:
-    refused(capsys, [], "takes one run folder, not 0")
-    refused(capsys, ["a", "b"], "takes one run folder, not 2")
+    refused(capsys, [], "takes one folder, not 0")
+    refused(capsys, ["a", "b"], "takes one folder, not 2")
     refused(capsys, ["--open", "a"], "unknown option --open")
-    refused(capsys, [str(tmp_path / "none")], "is not a folder: name that of a run")
+    refused(capsys, [str(tmp_path / "none")], "is not a folder: name that of a run or a sweep")
     (tmp_path / "empty").mkdir()
-    refused(capsys, [str(tmp_path / "empty")], "metrics.jsonl cannot be read (No such file or directory)")
+    refused(capsys, [str(tmp_path / "empty")], "is neither a run (no metrics.jsonl) nor a sweep")
     (tmp_path / "empty/metrics.jsonl").write_text("")
     refused(capsys, [str(tmp_path / "empty")], "has no step yet")
     (tmp_path / "empty/metrics.jsonl").write_text("nonsense\n{}\n")
@@ -144,4 +144,4 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_smoothing_is_a_mean_of_neighbours() -> None:
-    assert _smoothed([1.0, 2.0, 6.0, 3.0], over=1) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert smoothed([1.0, 2.0, 6.0, 3.0], over=1) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])

@@ -35,7 +35,7 @@ OUTPUT = {  # kind -> what the j-th of it makes of a token
     "zero": lambda x_D, p, j: 0 * x_D,
     "copy": lambda x_D, p, j: x_D,
     "constant": lambda x_D, p, j: constant(x_D, p[f"constants.{j}.mix"], p[f"constants.{j}.vector"]),
-    "null": lambda x_D, p, j: 0 * x_D,
+    "nulls": lambda x_D, p, j: 0 * x_D,
 }
 
 
@@ -62,11 +62,11 @@ def truth(x_TD: Tensor, p: Parameters, extra: ZeroComputationConfig, ids_TK: Ten
         if router.renormalize:
             weight = {c: w / sum(weight.values()) for c, w in weight.items()}
         weight = {c: router.scale * w for c, w in weight.items()}
-        true = [c for c in chosen if c < len(p["gate.weight"]) - extra.null]
+        true = [c for c in chosen if c < len(p["gate.weight"]) - extra.nulls]
         total = sum(weight.values())
         y_D = torch.zeros_like(x_D)
         for c in true:
-            w = weight[c] * total / sum(weight[e] for e in true) if extra.null else weight[c]
+            w = weight[c] * total / sum(weight[e] for e in true) if extra.nulls else weight[c]
             if c < E:
                 gate_F, up_F = p["experts.gate_up"][c, 0] @ x_D, p["experts.gate_up"][c, 1] @ x_D
                 if keep is None or (t, c) in keep:
@@ -112,8 +112,8 @@ def compare(got: Tensor, want: Tensor, leaves: dict[str, Tensor]) -> None:
 EXTRAS = {
     **{kind: ZeroComputationConfig(**{kind: 2}) for kind in KINDS},
     "one constant": ZeroComputationConfig(constant=1),
-    "all": ZeroComputationConfig(zero=1, copy=2, constant=3, null=2),
-    "zero, null": ZeroComputationConfig(zero=1, null=3),
+    "all": ZeroComputationConfig(zero=1, copy=2, constant=3, nulls=2),
+    "zero, nulls": ZeroComputationConfig(zero=1, nulls=3),
 }
 ROUTERS = {
     "top-2": TopK(top_k=2),
@@ -156,7 +156,7 @@ def test_every_dispatcher_sends_experts_only(name) -> None:
 @pytest.mark.parametrize("name", [n for n in OPTIONS["router"] if n not in ("expert_choice", "replay")])
 def test_every_router_by_which_tokens_choose(name) -> None:
     """Of a router that is none of the plain ones, the weights are its own."""
-    extra = ZeroComputationConfig(zero=1, copy=1, constant=1, null=1)
+    extra = ZeroComputationConfig(zero=1, copy=1, constant=1, nulls=1)
     more = {"num_groups": 4, "max_groups": 3} if name == "group_limited" else {}
     router = load({"kind": name, "top_k": 3} | more, OPTIONS["router"][name])
     layer, x_BSD = layer_of(extra, router=router), tokens()
@@ -189,7 +189,7 @@ def steered(extra: ZeroComputationConfig, first: int, last: int) -> tuple[MoE, T
 
 
 def test_a_token_of_null_experts_only_is_zero_and_so_are_all_gradients() -> None:
-    layer, x_BSD, y_BSD = steered(ZeroComputationConfig(copy=1, constant=2, null=2), E + 3, E + 5)
+    layer, x_BSD, y_BSD = steered(ZeroComputationConfig(copy=1, constant=2, nulls=2), E + 3, E + 5)
     assert layer.load_ME[0].tolist() == [0] * (E + 3) + [T, T]
     assert y_BSD.abs().max() == 0
     for leaf in (x_BSD, *layer.parameters()):
@@ -238,7 +238,7 @@ def test_capacity_is_that_of_moe_plus_plus_and_nothing_stays_behind(weight, padd
     ids_TK, keep, dropped = ids[0].flatten(0, 1), set(), [0] * (E + extra.total)
     for b in range(B):
         real = S if mask_BS is None else int(mask_BS[b].sum())
-        experts, others = E + extra.null, extra.zero + extra.copy + extra.constant
+        experts, others = E + extra.nulls, extra.zero + extra.copy + extra.constant
         most = math.ceil(0.6 * weight * real * 3 / (weight * experts + others) - 1e-9)
         for e in range(E):
             who = [t for t in range(b * S, (b + 1) * S) if e in ids_TK[t].tolist()]
@@ -253,7 +253,7 @@ def test_capacity_is_that_of_moe_plus_plus_and_nothing_stays_behind(weight, padd
 def shares(ids_TK: Tensor, extra: ZeroComputationConfig) -> list[float]:
     """f_i of every choice: its share of assignments, for null experts the mean of theirs."""
     ids = [c for row in ids_TK.tolist() for c in row]
-    nulls = range(E + extra.total - extra.null, E + extra.total)
+    nulls = range(E + extra.total - extra.nulls, E + extra.total)
     f = [ids.count(c) / len(ids) for c in range(E + extra.total)]
     level = sum(f[c] for c in nulls) / max(1, len(nulls))
     return [level if c in nulls else f[c] for c in range(E + extra.total)]
@@ -272,7 +272,7 @@ def test_balance_losses_equal_their_formulas(extra, term) -> None:
     keys |= {"max_groups": 3} if term == "communication" else {}
     got = OPTIONS["balance"][term](**keys).loss(replace(routing, zero_computation=extra), Tokens(B, torch.arange(S)))
     P_TC, want = logits_TC.softmax(1), torch.zeros((), dtype=torch.float64)
-    eta = [extra.weight if E <= c < C - extra.null else 1.0 for c in range(C)]
+    eta = [extra.weight if E <= c < C - extra.nulls else 1.0 for c in range(C)]
     scopes = [range(b * S, (b + 1) * S) for b in range(B)] if term == "sequence" else [range(T)]
     for scope in scopes:
         f, G = shares(routing.ids_TK[list(scope)], extra), groups.get(term, 1)
@@ -288,7 +288,7 @@ def test_balance_losses_equal_their_formulas(extra, term) -> None:
 
 
 def test_even_load_costs_the_number_of_tokens_at_weight_one() -> None:
-    extra = ZeroComputationConfig(zero=1, copy=1, null=2)
+    extra = ZeroComputationConfig(zero=1, copy=1, nulls=2)
     logits_TC = torch.zeros(8, 8, dtype=torch.float64).fill_diagonal_(1e-9)
     routing = TopK(top_k=1, renormalize=False)(
         logits_TC, torch.zeros(8, dtype=torch.float64), ctx=replace(context(), sample_B=torch.arange(1)), layer=0
@@ -298,7 +298,7 @@ def test_even_load_costs_the_number_of_tokens_at_weight_one() -> None:
 
 
 def test_health_shows_all_loads_and_judges_experts_by_their_own() -> None:
-    extra = ZeroComputationConfig(copy=1, null=1)
+    extra = ZeroComputationConfig(copy=1, nulls=1)
     layer = layer_of(extra, router=TopK(top_k=2))
     layer.begin_step(1, watch=True, pairs=True)
     layer.load_ME[0] = torch.tensor([4, 2, 1, 1, 6, 2])
@@ -322,7 +322,7 @@ def model(**extra) -> ModelConfig:
 
 
 def test_sizes_and_flops_count_what_experts_are_left() -> None:
-    plain, more = model(), model(zero=1, copy=1, constant=2, null=4)
+    plain, more = model(), model(zero=1, copy=1, constant=2, nulls=4)
     with torch.device("meta"):
         counted = sum(p.numel() for p in Transformer(more).parameters())
     assert counted == size(more).total == size(plain).total + 2 * (8 * 32 + 2 * 3 * 32)
@@ -349,7 +349,7 @@ def test_weights_at_step_0_are_of_the_seed_and_the_name() -> None:
 
 
 REFUSED = [
-    ({"zero_computation": {"null": -1}}, r"model\.moe\.zero_computation\.null=-1: a number of experts, use 0 for none"),
+    ({"zero_computation": {"nulls": -1}}, r"zero_computation\.nulls=-1: a number of experts, use 0 for none"),
     ({"zero_computation": {"weight": 0.0}}, r"model\.moe\.zero_computation\.weight=0\.0: has to be above 0 and finite"),
     ({"zero_computation": {"weight": math.inf}}, r"weight=inf: has to be above 0 and finite"),
     (
@@ -362,12 +362,12 @@ REFUSED = [
         r"num_groups=2 does not divide .*=9: use one of \[1, 3, 9\] \(its experts are all 9 choices, 8 and 1 of",
     ),
     (
-        {"zero_computation": {"null": 2}, "router": {"kind": "group_limited"}},
+        {"zero_computation": {"nulls": 2}, "router": {"kind": "group_limited"}},
         r"num_groups=4 does not divide .*=10: .*8 and 2 of model\.moe\.zero_computation\)",
     ),
     (
-        {"zero_computation": {"null": 2}, "router": {"kind": "expert_choice", "non_causal": True}},
-        r"zero_computation has 2 null, with a router by which experts choose tokens: .* use router=topk",
+        {"zero_computation": {"nulls": 2}, "router": {"kind": "expert_choice", "non_causal": True}},
+        r"zero_computation has 2 nulls, with a router by which experts choose tokens: .* use router=topk",
     ),
 ]  # fmt: skip
 
@@ -381,18 +381,18 @@ def test_what_cannot_be_meant_is_refused_in_one_line(moe, said) -> None:
 
 def test_a_shrunk_model_keeps_one_or_two_of_each_kind() -> None:
     words = ["model=deepseek_moe_16b", "layout.dp=64", "layout.ep=8", "train.batch=64"]
-    extra = [f"model.moe.zero_computation.{k}={n}" for k, n in {"zero": 1, "constant": 6, "null": 9}.items()]
+    extra = [f"model.moe.zero_computation.{k}={n}" for k, n in {"zero": 1, "constant": 6, "nulls": 9}.items()]
     got = shrink(compose([*words, *extra, "model.moe.zero_computation.weight=0.75"]), world=64)
     assert got.lost == []
-    assert got.cfg.model.moe.zero_computation == ZeroComputationConfig(zero=1, constant=2, null=2, weight=0.75)
-    assert ("zero-computation experts", "1 zero, 6 constant, 9 null", "1 zero, 2 constant, 2 null") in got.rows
+    assert got.cfg.model.moe.zero_computation == ZeroComputationConfig(zero=1, constant=2, nulls=2, weight=0.75)
+    assert ("zero-computation experts", "1 zero, 6 constant, 9 nulls", "1 zero, 2 constant, 2 nulls") in got.rows
     got.cfg.model.moe.check()
 
 
 def test_a_shrunk_model_keeps_as_many_as_its_groups_need() -> None:
     words = ["model=deepseek_moe_16b", "layout.dp=64", "layout.ep=8", "train.batch=64", "router=group_limited"]
-    groups = ["model.moe.router.num_groups=8", "model.moe.router.max_groups=3", "model.moe.zero_computation.null=8"]
+    groups = ["model.moe.router.num_groups=8", "model.moe.router.max_groups=3", "model.moe.zero_computation.nulls=8"]
     small = shrink(compose([*words, *groups]), world=64).cfg.model.moe
     small.check()
-    assert small.zero_computation.null == 8
+    assert small.zero_computation.nulls == 8
     assert small.num_experts < 64
