@@ -124,9 +124,10 @@ def check(cfg: Config, *, world: int) -> Layout:
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
     parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
     parallelism.recompute.check(cfg.recompute, cfg.model)
+    moe, t, ramp = cfg.model.moe, cfg.train, cfg.train.ramp
     if cfg.model.moe_layers:
-        cfg.model.moe.check()
-    t, ramp = cfg.train, cfg.train.ramp
+        moe.check()
+        moe.rounding.check(moe.router, num_experts=moe.num_experts, tokens=t.seq_len, sequences=t.micro_batch)
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}
     if ramp.start:

@@ -13,6 +13,7 @@ from moetrain.moe.dispatchers.dropless import Dropless
 from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.placement.static import Static
+from moetrain.moe.rounding import TokenRounding
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import (
     Balance,
@@ -40,6 +41,7 @@ class MoEConfig:
     kernel: kernels.Kernel = kernels.Kernel.auto
     gate: GateConfig = field(default_factory=LinearGateConfig)
     router: Router = field(default_factory=TopK)
+    rounding: TokenRounding = field(default_factory=TokenRounding)
     placement: PlacementPolicy = field(default_factory=Static)
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class MoE(nn.Module):
         self.sequence_group: ProcessGroup | None = None  # the ranks that hold the rest of this rank's sequences
         self.gate = cfg.gate.build(dim=dim, num_experts=cfg.num_experts)
         self.register_buffer("bias_E", torch.zeros(cfg.num_experts))
-        self.terms = cfg.terms
+        self.terms, self.router = cfg.terms, cfg.rounding.around(cfg.router)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
         self.begin_step(1)
 
@@ -144,7 +146,7 @@ class MoE(nn.Module):
 
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
-        router, chosen = self.cfg.router, ctx.chosen
+        router, chosen = self.router, ctx.chosen
         if chosen is not None and self.layer in chosen:
             return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
         routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)

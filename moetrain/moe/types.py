@@ -68,6 +68,7 @@ class Routing:
     ids_TK: Tensor  #      (T, K) int64; -1 = none, only where ``ragged``
     weights_TK: Tensor  #  (T, K) what combine multiplies by
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
+    top_k: int | None = None  # experts of an average token, which capacity is counted by; None = K
 
     @cached_property
     def load_E(self) -> Tensor:
@@ -184,6 +185,11 @@ class Router(ABC):
         if self.top_k < 1:
             raise UserError(f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
 
+    @property
+    def even(self) -> bool:
+        """Whether it gives every expert the same number of tokens by itself."""
+        return False
+
     def check(self, *, num_experts: int) -> None:
         """Raise ``UserError`` for what cannot be trained with that many experts; called before any rank starts."""
         return None
@@ -201,6 +207,26 @@ class Router(ABC):
     @abstractmethod
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
         """The Routing of choices that were made before: what ``__call__`` returned with these ids, -1 included."""
+
+    def weigh_any(self, logits_TE: Tensor, scores_TE: Tensor, taken_TE: Tensor) -> Routing:
+        """The Routing of any number of experts a token, weighed by the router's rule as if it had chosen those.
+
+        (T, E), (T, E), (T, E) bool -> ids (T, E): e or -1.
+        """
+        E = taken_TE.shape[1]
+        counted_TE = taken_TE | ~taken_TE.any(-1, keepdim=True)  # a token without experts divides by no zero
+        every_TE = torch.arange(E, device=taken_TE.device).expand_as(taken_TE)
+        alone = logits_TE.masked_fill(~counted_TE, -torch.inf), scores_TE.masked_fill(~counted_TE, 0)
+        weights_TE = self.weigh(*alone, every_TE).weights_TK.masked_fill(~taken_TE, 0)
+        ids_TE = torch.where(taken_TE, every_TE, -1)
+        return Routing(logits_TE, scores_TE, ids_TE, weights_TE, ragged=True, top_k=self.top_k)
+
+
+def taken(ids_TK: Tensor, *, num_experts: int) -> Tensor:
+    """(..., K) expert ids, -1 = none -> (..., E) bool."""
+    ids_TK = torch.where(ids_TK < 0, num_experts, ids_TK)
+    room_TX = ids_TK.new_zeros(*ids_TK.shape[:-1], num_experts + 1, dtype=torch.bool)
+    return room_TX.scatter_(-1, ids_TK, True)[..., :num_experts]
 
 
 @config

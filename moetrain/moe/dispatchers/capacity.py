@@ -86,7 +86,7 @@ class Capacity(Dispatcher):
             tokens = replace(tokens, num_sequences=1, position_S=position_T, stretches=1, group=None)
         S = T // tokens.num_sequences
         whole = S * comm.size(tokens.group)  # multiplied first, as where it is decided who is kept: one rounding
-        rows_per_scope = min(S, self._capacity(whole, K, E, tokens))
+        rows_per_scope = min(S, self._capacity(whole, routing.top_k or K, E, tokens))
         C = tokens.num_sequences * rows_per_scope
         place_TK, keep_TK = self._place(routing, tokens, first_TK)
 
@@ -157,9 +157,11 @@ class Capacity(Dispatcher):
             real_B = None if tokens.mask_T is None else tokens.mask_T.view(B, -1).sum(1)
             real_B = None if real_B is None else comm.all_reduce_(real_B, group=tokens.group)
         if real_B is None:
-            capacity = self._capacity(S * comm.size(tokens.group), K, E, tokens)
+            capacity = self._capacity(S * comm.size(tokens.group), routing.top_k or K, E, tokens)
         else:
-            capacity_B = torch.ceil(self._factor(tokens) * real_B.double() * K / E).long().clamp_min(self.min_capacity)
+            average = routing.top_k or K
+            capacity_B = torch.ceil(self._factor(tokens) * real_B.double() * average / E).long()
+            capacity_B = capacity_B.clamp_min(self.min_capacity)
             capacity = capacity_B.repeat_interleave(S)[:, None]
         keep_TK = (turn_TK < capacity) & (ids_TK < E)
         if first_TK is not None:

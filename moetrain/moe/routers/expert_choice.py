@@ -14,9 +14,7 @@ from moetrain.config import UserError, config
 from moetrain.moe import sequences
 from moetrain.moe.types import Context, Router, Routing
 
-_STEPS = 1 << 16
-"""Of a score's logarithm: what falls into one is a tie. Twins, as the equal first tokens of two documents, score alike
-but for rounding, which is another under every layout."""
+_LAST = torch.iinfo(torch.int64).min
 
 
 @config(group="router", name="expert_choice")
@@ -34,6 +32,10 @@ class ExpertChoice(Router):
         if self.factor <= 0:
             raise UserError(f"model.moe.router.factor={self.factor}: has to be above 0 (1: top_k experts a token)")
 
+    @property
+    def even(self) -> bool:
+        return True
+
     def check(self, *, num_experts: int) -> None:
         if not self.non_causal:
             raise UserError(
@@ -48,12 +50,10 @@ class ExpertChoice(Router):
         """(T, E) -> ids (T, E): e or -1. Ties go to the earlier position; a bias changes no order of tokens."""
         E, scores_TE = logits_TE.shape[1], self.scores(logits_TE)
         scores_BPE, real_BP = sequences.whole(scores_TE, ctx=ctx, group=group)
-        steps_BPE = (scores_BPE.log() * _STEPS).round().masked_fill(~real_BP[:, :, None], -torch.inf)
-        order_BPE = steps_BPE.sort(dim=1, descending=True, stable=True).indices
-        rank_P = torch.arange(order_BPE.shape[1], device=order_BPE.device)
-        place_BPE = torch.empty_like(order_BPE).scatter_(1, order_BPE, rank_P[None, :, None].expand_as(order_BPE))
+        keys_BPE = sequences.steps(scores_BPE).masked_fill(~real_BP[:, :, None], _LAST)
+        place_BPE = sequences.places(keys_BPE)
         if ctx.mask_BS is None:
-            taken_BPE = place_BPE < math.ceil(self.factor * len(rank_P) * self.top_k / E)
+            taken_BPE = place_BPE < math.ceil(self.factor * place_BPE.shape[1] * self.top_k / E)
         else:
             take_B = torch.ceil(self.factor * real_BP.sum(1).double() * self.top_k / E)
             taken_BPE = (place_BPE < take_B[:, None, None]) & real_BP[:, :, None]
