@@ -146,6 +146,9 @@ def check(cfg: Config, *, world: int) -> Layout:
     for size in range(sizes["train.ramp.start"], t.batch, ramp.increment) if ramp.start else ():
         check_enough(layout, cfg.pipeline, micro_batches=size // step)
     check_enough(layout, cfg.pipeline, micro_batches=t.batch // step)
+    if cfg.optim.freeze:
+        with torch.device("meta"):
+            cfg.optim.check_freeze(name for name, _ in Transformer(cfg.model).named_parameters())
     if cfg.optim.warmup > t.steps:
         raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")
     return layout

@@ -155,9 +155,11 @@ class Trainer:
         state.sum_copies_(grads, self.plan)
         if seen is not None:
             seen.grads = {n: g.clone() for n, g in grads.items()}
-        norm = grad_norm([g for n, g in grads.items() if self.plan[n].counted], group=self.all_ranks, like=loss)
-        lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
-        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
+        optim = self.cfg.optim
+        counted = [g for n, g in grads.items() if self.plan[n].counted and not optim.frozen(n)]
+        norm = grad_norm(counted, group=self.all_ranks, like=loss)
+        lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip))
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
         load_LE = torch.zeros(len(every), moe.num_experts, dtype=torch.int64, device=loss.device)
