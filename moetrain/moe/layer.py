@@ -112,7 +112,8 @@ class MoE(nn.Module):
         if mask_T is not None:
             routing = _mask(routing, mask_T)
         if ctx.ids is not None and ctx.scores is not None and not again:
-            ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
+            ids_TK = routing.ids_TK if routing.own_TK is None else routing.own_TK
+            ctx.ids[self.layer] = ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
         target_EJ = self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
@@ -152,6 +153,9 @@ class MoE(nn.Module):
         routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)
         if chosen is not None:
             chosen[self.layer] = routing.ids_TK.int()
+        if ctx.margins is not None:
+            margins_TE = router.margins(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)
+            ctx.margins[self.layer] = margins_TE.detach().view(*ctx.sample_B.shape, -1, margins_TE.shape[1])
         return routing, False
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:

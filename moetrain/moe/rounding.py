@@ -8,6 +8,7 @@ Whether a token is taken depends on later tokens of its scope: training with it 
 plainly, so that its loss knows nothing of the future.
 """
 
+import dataclasses
 from enum import Enum
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config, replace
-from moetrain.moe import sequences
+from moetrain.moe import sequences, ties
 from moetrain.moe.types import Context, Router, Routing, taken
 
 _CHOSEN = 1 << 50  # steps of a score: whoever chose comes before whoever did not
@@ -98,7 +99,27 @@ class Rounded(Router):
         if not ctx.training:
             return routing
         taken_TE = self._rounded(routing.scores_TE, routing.ids_TK, ctx, group)
-        return self.inner.weigh_any(logits_TE, routing.scores_TE, taken_TE)
+        rounded = self.inner.weigh_any(logits_TE, routing.scores_TE, taken_TE)
+        if routing.own_TK is None:
+            return rounded
+        own_TE = self._rounded(routing.scores_TE, routing.own_TK, ctx, group)
+        own_TK = torch.where(own_TE, torch.arange(own_TE.shape[1], device=own_TE.device), -1)
+        return dataclasses.replace(rounded, own_TK=own_TK)
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of a token among those of its scope, or of the choice that is nearest to change the expert's number."""
+        routing = self.inner(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
+        inner_TE = self.inner.margins(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
+        keys_XPE, chosen_XPE, real_XP1 = self._scopes(routing.scores_TE, routing.ids_TK, ctx, group)
+        taken_XPE = self._taken(keys_XPE, chosen_XPE, real_XP1)
+        inner_BPE, _ = sequences.whole(inner_TE, ctx=ctx, group=group)
+        inner_XPE = inner_BPE.view_as(taken_XPE).masked_fill(~real_XP1, torch.inf)
+        margins_XPE = torch.minimum(
+            ties.of_places(keys_XPE, taken_XPE, steps=sequences.STEPS), inner_XPE.amin(1, keepdim=True)
+        )
+        return sequences.mine(margins_XPE.view_as(inner_BPE), ctx=ctx, group=group)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return self.inner.scores(logits_TE)
@@ -109,14 +130,17 @@ class Rounded(Router):
 
     def _rounded(self, scores_TE: Tensor, ids_TK: Tensor, ctx: Context, group: ProcessGroup | None) -> Tensor:
         """(T, E) bool: which expert takes which token. Ties go to the earlier token; padding is never taken."""
-        keys_XPE, chosen_XPE, real_XP1 = self._scopes(scores_TE, ids_TK, ctx, group)
+        taken_XPE = self._taken(*self._scopes(scores_TE, ids_TK, ctx, group))
+        return sequences.mine(taken_XPE.view(len(ctx.sample_B), -1, scores_TE.shape[1]), ctx=ctx, group=group)
+
+    def _taken(self, keys_XPE: Tensor, chosen_XPE: Tensor, real_XP1: Tensor) -> Tensor:
+        """(X, P, E) bool."""
         number_XE, most_X1 = chosen_XPE.sum(1), real_XP1.sum(1)
         multiple, more = self.rounding.multiple, self.rounding.rounding
         extra = {Rounding.down: 0, Rounding.nearest: multiple // 2, Rounding.up: multiple - 1}[more]
         target_XE = (number_XE + extra) // multiple * multiple
         target_XE = torch.minimum(target_XE, most_X1 // multiple * multiple)
-        taken_XPE = sequences.places(keys_XPE) < target_XE[:, None]
-        return sequences.mine(taken_XPE.view(len(ctx.sample_B), -1, scores_TE.shape[1]), ctx=ctx, group=group)
+        return sequences.places(keys_XPE) < target_XE[:, None]
 
     def _scopes(
         self, scores_TE: Tensor, ids_TK: Tensor, ctx: Context, group: ProcessGroup | None

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.moe.types import Context
 
-_STEPS = 1 << 16
+STEPS = 1 << 16
 _FAR = 2.0**40  # steps: what a score of zero is put at
 
 
@@ -37,7 +37,7 @@ def mine(x_BPX: Tensor, *, ctx: Context, group: ProcessGroup | None) -> Tensor:
 def steps(scores_BPE: Tensor) -> Tensor:
     """int64: a score's logarithm in steps of 2^-16. What falls into one is a tie: twins, as the equal first tokens of
     two documents, score alike but for rounding, which is another under every layout."""
-    return (scores_BPE.log() * _STEPS).round().clamp(-_FAR, _FAR).long()
+    return (scores_BPE.log() * STEPS).round().clamp(-_FAR, _FAR).long()
 
 
 def places(keys_BPE: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
+from moetrain.moe import ties
 
 Carry = dict[str, Tensor]
 """Tensors that gates pass from layer to layer and stage to stage; empty for gates that look at one layer only."""
@@ -38,7 +39,8 @@ class Context:
     documents_BP: Tensor | None = None  # int64 on the host, of whole rows; None = attention crosses documents
     chosen: dict[int, Tensor] | None = None  # layer -> (T, K) ids that the layer leaves to itself, if it is run again
     ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
-    scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) what they were chosen by, likewise
+    scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) scores and bias, likewise
+    margins: dict[int, Tensor] | None = None  # layer -> (B, S, E) how near each was to change sides, likewise
 
     def for_rerun(self) -> "Context":
         """The same for one call that may be run again: the second run takes the first one's choices."""
@@ -69,6 +71,7 @@ class Routing:
     weights_TK: Tensor  #  (T, K) what combine multiplies by
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
     top_k: int | None = None  # experts of an average token, which capacity is counted by; None = K
+    own_TK: Tensor | None = None  # what the router would have chosen, where it was given its choices
 
     @cached_property
     def load_E(self) -> Tensor:
@@ -207,6 +210,15 @@ class Router(ABC):
     @abstractmethod
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
         """The Routing of choices that were made before: what ``__call__`` returned with these ids, -1 included."""
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """(T, E): how far what it chooses by had to move until the token has the expert, or has it no more.
+
+        For comparisons of two runs; inf = nothing that is computed decides it. Here: top-k of scores and bias.
+        """
+        return ties.of_top_k(self.scores(logits_TE) + bias_E, self.top_k)
 
     def weigh_any(self, logits_TE: Tensor, scores_TE: Tensor, taken_TE: Tensor) -> Routing:
         """The Routing of any number of experts a token, weighed by the router's rule as if it had chosen those.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
-from moetrain.moe import sequences
+from moetrain.moe import sequences, ties
 from moetrain.moe.types import Context, Router, Routing
 
 _LAST = torch.iinfo(torch.int64).min
@@ -49,17 +49,30 @@ class ExpertChoice(Router):
     ) -> Routing:
         """(T, E) -> ids (T, E): e or -1. Ties go to the earlier position; a bias changes no order of tokens."""
         E, scores_TE = logits_TE.shape[1], self.scores(logits_TE)
+        _, taken_BPE = self._taken(scores_TE, ctx, group)
+        taken_TE = sequences.mine(taken_BPE, ctx=ctx, group=group)
+        ids_TE = torch.where(taken_TE, torch.arange(E, device=taken_TE.device), -1)
+        return self.weigh(logits_TE, scores_TE, ids_TE)
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of the scores' logarithms, among the tokens of the sequence."""
+        keys_BPE, taken_BPE = self._taken(self.scores(logits_TE), ctx, group)
+        return sequences.mine(ties.of_places(keys_BPE, taken_BPE, steps=sequences.STEPS), ctx=ctx, group=group)
+
+    def _taken(self, scores_TE: Tensor, ctx: Context, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """(B, P, E) int64 what tokens of whole sequences are taken by, and bool whether they are."""
         scores_BPE, real_BP = sequences.whole(scores_TE, ctx=ctx, group=group)
         keys_BPE = sequences.steps(scores_BPE).masked_fill(~real_BP[:, :, None], _LAST)
         place_BPE = sequences.places(keys_BPE)
+        E = scores_BPE.shape[2]
         if ctx.mask_BS is None:
             taken_BPE = place_BPE < math.ceil(self.factor * place_BPE.shape[1] * self.top_k / E)
         else:
             take_B = torch.ceil(self.factor * real_BP.sum(1).double() * self.top_k / E)
             taken_BPE = (place_BPE < take_B[:, None, None]) & real_BP[:, :, None]
-        taken_TE = sequences.mine(taken_BPE, ctx=ctx, group=group)
-        ids_TE = torch.where(taken_TE, torch.arange(E, device=taken_TE.device), -1)
-        return self.weigh(logits_TE, scores_TE, ids_TE)
+        return keys_BPE, taken_BPE
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1)
