@@ -20,10 +20,10 @@ def of_top_k(steering_TE: Tensor, k: int) -> Tensor:
 def of_places(steps_BPE: Tensor, taken_BPE: Tensor, *, steps: int) -> Tensor:
     """(B, P, E) float64 margins of each expert's best tokens, by logarithms of scores in int64 ``steps`` of 1.
 
-    One step between two of them may be rounding's, and is no margin.
+    Two of them that are two steps apart may be rounded to the same step: that much is no margin.
     """
     steps_BPE = steps_BPE.double()
     worst_B1E = steps_BPE.masked_fill(~taken_BPE, torch.inf).amin(1, keepdim=True)
     best_B1E = steps_BPE.masked_fill(taken_BPE, -torch.inf).amax(1, keepdim=True)
     away_BPE = torch.where(taken_BPE, steps_BPE - best_B1E, worst_B1E - steps_BPE)
-    return (away_BPE - 1).clamp_min(0) / steps
+    return (away_BPE - 2).clamp_min(0) / steps
