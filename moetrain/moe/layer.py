@@ -154,8 +154,9 @@ class MoE(nn.Module):
         if chosen is not None:
             chosen[self.layer] = routing.ids_TK.int()
         if ctx.margins is not None:
-            margins_TE = router.margins(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)
-            ctx.margins[self.layer] = margins_TE.detach().view(*ctx.sample_B.shape, -1, margins_TE.shape[1])
+            known = {"ctx": ctx, "layer": self.layer, "group": self.sequence_group}
+            margins_TE = router.margins(logits_TE.detach(), self.bias_E, **known)
+            ctx.margins[self.layer] = margins_TE.view(*ctx.sample_B.shape, -1, margins_TE.shape[1])
         return routing, False
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:

@@ -95,11 +95,11 @@ class Rounded(Router):
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
     ) -> Routing:
         """(T, E), (E,) -> ids (T, E): e or -1; held-out data as ``inner`` routes it. One all-gather more."""
-        routing = self.inner(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
         if not ctx.training:
-            return routing
+            return self.inner(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
+        routing = self.inner(logits_TE.detach(), bias_E, ctx=ctx, layer=layer, group=group)
         taken_TE = self._rounded(routing.scores_TE, routing.ids_TK, ctx, group)
-        rounded = self.inner.weigh_any(logits_TE, routing.scores_TE, taken_TE)
+        rounded = self.inner.weigh_any(logits_TE, self.scores(logits_TE), taken_TE)
         if routing.own_TK is None:
             return rounded
         own_TE = self._rounded(routing.scores_TE, routing.own_TK, ctx, group)

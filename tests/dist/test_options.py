@@ -47,7 +47,7 @@ def options() -> dict[str, dict]:
             hints, first = typing.get_type_hints(cls), {"kind": name} | NEEDS.get(name, {})
             words = [(k, e.value) for k, x in hints.items() if isinstance(x, type) and issubclass(x, Enum) for e in x]
             nodes = {"": first} | {f" {k}={value}": first | {k: value} for k, value in words if group != "gate"}
-            default = {f" {k}={getattr(load(first, cls), k).value}" for k, _ in words}
+            default = {f" {k}={dump(load(first, cls))[k]}" for k, _ in words}
             for more, node in nodes.items():
                 if more not in default:
                     found[f"{group}={name}{more}"] = {group: {name: node} if group == "balance" else node}
@@ -119,9 +119,10 @@ def references(tmp_path_factory) -> Callable[..., Reference]:
     return reference
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"), sorted(drawn(TRIALS, 12, of="options"), key=lambda x: LAYOUTS[x[1]].world), ids=str
-)
+DRAWN = sorted(drawn(TRIALS, 12, of="options"), key=lambda trial: LAYOUTS[trial[1]].world)
+
+
+@pytest.mark.parametrize(("case", "layout"), DRAWN, ids=str)
 def test_every_option_is_the_same_run_under_every_layout(ranks, references, tmp_path, case, layout) -> None:
     pool = Pool(ranks(LAYOUTS[layout].world))
     reference = references(case, pool, capacity=layout.startswith("capacity"))

@@ -44,11 +44,12 @@ class Replay(TopK):
         position_S = ctx.position_S.to(logits_TE.device).clamp_max(ids_BSK.shape[1] - 1)  # later ones are padding
         ids_TK = ids_BSK[row_B][:, position_S].flatten(0, 1)
         if self.inner is not None:
-            own = self.inner(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
+            own = self.inner(logits_TE.detach(), bias_E, ctx=ctx, layer=layer, group=group)
+            scores_TE = self.scores(logits_TE)
             if (ids_BSK < 0).any() and not own.ragged:  # of tokens that were rounded
                 taken_TE = taken(ids_TK, num_experts=logits_TE.shape[1])
-                return dataclasses.replace(self.weigh_any(logits_TE, own.scores_TE, taken_TE), own_TK=own.ids_TK)
-            return dataclasses.replace(self.weigh(logits_TE, own.scores_TE, ids_TK), own_TK=own.ids_TK)
+                return dataclasses.replace(self.weigh_any(logits_TE, scores_TE, taken_TE), own_TK=own.ids_TK)
+            return dataclasses.replace(self.weigh(logits_TE, scores_TE, ids_TK), own_TK=own.ids_TK)
         if ids_TK.shape[1] != self.top_k:
             raise UserError(
                 f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}"
