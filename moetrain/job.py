@@ -124,9 +124,10 @@ def check(cfg: Config, *, world: int) -> Layout:
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
     parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
     parallelism.recompute.check(cfg.recompute, cfg.model)
+    t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:
         moe.check()
-    t, ramp = cfg.train, cfg.train.ramp
+        moe.rounding.check(moe.router, num_experts=moe.num_experts, tokens=t.seq_len, sequences=t.micro_batch)
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}
     if ramp.start:
@@ -145,6 +146,9 @@ def check(cfg: Config, *, world: int) -> Layout:
     for size in range(sizes["train.ramp.start"], t.batch, ramp.increment) if ramp.start else ():
         check_enough(layout, cfg.pipeline, micro_batches=size // step)
     check_enough(layout, cfg.pipeline, micro_batches=t.batch // step)
+    if cfg.optim.freeze:
+        with torch.device("meta"):
+            cfg.optim.check_freeze(name for name, _ in Transformer(cfg.model).named_parameters())
     if cfg.optim.warmup > t.steps:
         raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")
     return layout

@@ -43,8 +43,9 @@ class StepResult:
 class Seen:
     """What a step shows to somebody who compares two runs; filled by ``Trainer.step``."""
 
-    ids: list[dict[int, Tensor]] = field(default_factory=list)  #    a micro-batch: layer -> (B, S, K) expert ids
-    scores: list[dict[int, Tensor]] = field(default_factory=list)  # a micro-batch: layer -> (B, S, E) what chose them
+    ids: list[dict[int, Tensor]] = field(default_factory=list)  #     a micro-batch: layer -> (B, S, K) expert ids
+    scores: list[dict[int, Tensor]] = field(default_factory=list)  #  a micro-batch: layer -> (B, S, E) of all experts
+    margins: list[dict[int, Tensor]] = field(default_factory=list)  # a micro-batch: layer -> (B, S, E) of the choices
     positions_S: Tensor | None = None  # the positions that S counts on this rank; those past seq_len are padding
     grads: dict[str, Tensor] = field(default_factory=dict)  # name -> local gradient, reduced, before clipping
 
@@ -91,7 +92,7 @@ class Trainer:
         for layer in self.model.moe_layers():
             layer.begin_step(micro_batches, watch=watch, pairs=watch and self.cfg.health.pairs)
         if seen is not None:
-            seen.ids, seen.scores = ([{} for _ in range(micro_batches)] for _ in range(2))
+            seen.ids, seen.scores, seen.margins = ([{} for _ in range(micro_batches)] for _ in range(3))
             seen.positions_S = self.part.position_S
 
         def forward(m: int, stage: Stage | None, x: Tensor | None, carry: Carry) -> Tensor | tuple[Tensor, Carry]:
@@ -147,6 +148,7 @@ class Trainer:
             self.model, self.data.loader.batch(first, self.cfg.train.micro_batch), self.part, stage=stage, x=x,
             carry=carry, step=self.steps, micro_batch=m, routed_tokens=routed_tokens, seed=self.cfg.seed,
             ids=None if seen is None else seen.ids[m], scores=None if seen is None else seen.scores[m],
+            margins=None if seen is None else seen.margins[m],
         )  # fmt: skip
         return found / targets if isinstance(found, Tensor) else found
 
@@ -155,9 +157,11 @@ class Trainer:
         state.sum_copies_(grads, self.plan)
         if seen is not None:
             seen.grads = {n: g.clone() for n, g in grads.items()}
-        norm = grad_norm([g for n, g in grads.items() if self.plan[n].counted], group=self.all_ranks, like=loss)
-        lr = self.cfg.optim.lr_at(self.steps, steps=self.cfg.train.steps)
-        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=self.cfg.optim.clip))
+        optim = self.cfg.optim
+        counted = [g for n, g in grads.items() if self.plan[n].counted and not optim.frozen(n)]
+        norm = grad_norm(counted, group=self.all_ranks, like=loss)
+        lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip))
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
         choices = {i: x.num_choices for i, x in zip(every, self.cfg.model.moe_configs, strict=True)}

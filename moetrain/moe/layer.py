@@ -15,6 +15,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.per_layer import PerLayer
 from moetrain.moe.placement.static import Static
+from moetrain.moe.rounding import TokenRounding
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import (
     Balance,
@@ -48,6 +49,7 @@ class MoEConfig:
     kernel: kernels.Kernel = kernels.Kernel.auto
     gate: GateConfig = field(default_factory=LinearGateConfig)
     router: Router = field(default_factory=TopK)
+    rounding: TokenRounding = field(default_factory=TokenRounding)
     placement: PlacementPolicy = field(default_factory=Static)
     dispatcher: Dispatcher = field(default_factory=Dropless)
     balance: dict[str, Balance] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class MoEConfig:
             raise UserError(
                 f"model.moe.zero_computation has {extra}, with a router by which experts choose tokens: a token has to "
                 f"choose to compute less; use router=topk, or set them to 0"
+            )
+        if extra.total and self.rounding.multiple > 1:
+            raise UserError(
+                f"model.moe.rounding.multiple={self.rounding.multiple} with {extra} of model.moe.zero_computation: it "
+                f"rounds what experts compute, and nothing is sent to these; set one of them to 0"
             )
         for part in (self.router, *self.balance.values()):
             try:
@@ -136,9 +143,10 @@ class MoE(nn.Module):
         extra = cfg.zero_computation
         self.zero_computation = ZeroComputation(extra, dim=dim, num_experts=cfg.num_experts) if extra.total else None
         self.register_buffer("bias_E", torch.zeros(cfg.num_choices))
-        self.terms = cfg.terms
-        early = cfg.per_layer.early_top_k
-        self.early_router = configs.replace(cfg.router, top_k=early[0]) if early else cfg.router
+        self.terms, early = cfg.terms, cfg.per_layer.early_top_k
+        self.router = self.early_router = cfg.rounding.around(cfg.router)
+        if early:
+            self.early_router = cfg.rounding.around(configs.replace(cfg.router, top_k=early[0]))
         lags = any(term.lags for term in self.terms.values())
         self.register_buffer("lagged_E", torch.zeros(cfg.num_choices, dtype=torch.int64) if lags else None)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)
@@ -171,7 +179,8 @@ class MoE(nn.Module):
         if self.zero_computation is not None:
             routing = replace(routing, zero_computation=self.cfg.zero_computation)
         if ctx.ids is not None and ctx.scores is not None and not again:
-            ctx.ids[self.layer] = routing.ids_TK.view(*x_BSD.shape[:2], -1)
+            ids_TK = routing.ids_TK if routing.own_TK is None else routing.own_TK
+            ctx.ids[self.layer] = ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
         target_EJ = self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
@@ -211,12 +220,16 @@ class MoE(nn.Module):
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""
         early, chosen = ctx.step < self.cfg.per_layer.early_steps, ctx.chosen
-        router = self.early_router if early else self.cfg.router
+        router = self.early_router if early else self.router
         if chosen is not None and self.layer in chosen:
             return router.weigh(logits_TE, router.scores(logits_TE), chosen[self.layer].long()), True
         routing = router(logits_TE, self.bias_E, ctx=ctx, layer=self.layer, group=self.sequence_group)
         if chosen is not None:
             chosen[self.layer] = routing.ids_TK.int()
+        if ctx.margins is not None:
+            known = {"ctx": ctx, "layer": self.layer, "group": self.sequence_group}
+            margins_TE = router.margins(logits_TE.detach(), self.bias_E, **known)
+            ctx.margins[self.layer] = margins_TE.view(*ctx.sample_B.shape, -1, margins_TE.shape[1])
         return routing, False
 
     def _stays(self, x_TD: Tensor, routing: Routing) -> tuple[Routing, Tensor | None]:

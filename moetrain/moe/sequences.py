@@ -11,6 +11,9 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.moe.types import Context
 
+STEPS = 1 << 16
+_FAR = 2.0**40  # steps: what a score of zero is put at
+
 
 def whole(x_TX: Tensor, *, ctx: Context, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """(T, X) -> (B, P, X) in order of position, and (B, P) bool, False = padding. No gradient; one all-gather."""
@@ -29,3 +32,16 @@ def whole(x_TX: Tensor, *, ctx: Context, group: ProcessGroup | None) -> tuple[Te
 def mine(x_BPX: Tensor, *, ctx: Context, group: ProcessGroup | None) -> Tensor:
     """(B, P, X) -> (T, X): this rank's tokens of whole sequences."""
     return (x_BPX if group is None else x_BPX[:, ctx.position_S.to(x_BPX.device)]).flatten(0, 1)
+
+
+def steps(scores_BPE: Tensor) -> Tensor:
+    """int64: a score's logarithm in steps of 2^-16. What falls into one is a tie: twins, as the equal first tokens of
+    two documents, score alike but for rounding, which is another under every layout."""
+    return (scores_BPE.log() * STEPS).round().clamp(-_FAR, _FAR).long()
+
+
+def places(keys_BPE: Tensor) -> Tensor:
+    """(B, P, E) -> int64: each token's place in its column, the highest key first, of equal ones the earlier token."""
+    order_BPE = keys_BPE.sort(dim=1, descending=True, stable=True).indices
+    rank_BPE = torch.arange(order_BPE.shape[1], device=order_BPE.device)[None, :, None].expand_as(order_BPE)
+    return torch.empty_like(order_BPE).scatter_(1, order_BPE, rank_BPE)

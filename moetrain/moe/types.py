@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
+from moetrain.moe import ties
 from moetrain.moe.zero_computation import ZeroComputationConfig
 
 Carry = dict[str, Tensor]
@@ -40,7 +41,8 @@ class Context:
     documents_BP: Tensor | None = None  # int64 on the host, of whole rows; None = attention crosses documents
     chosen: dict[int, Tensor] | None = None  # layer -> (T, K) ids that the layer leaves to itself, if it is run again
     ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
-    scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) what they were chosen by, likewise
+    scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) scores and bias, likewise
+    margins: dict[int, Tensor] | None = None  # layer -> (B, S, E) how near each was to change sides, likewise
 
     def for_rerun(self) -> "Context":
         """The same for one call that may be run again: the second run takes the first one's choices."""
@@ -82,6 +84,8 @@ class Routing:
     weights_TK: Tensor  #  (T, K) what combine multiplies by
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
     zero_computation: ZeroComputationConfig | None = None  # the experts of the layer that nothing is sent to, if any
+    top_k: int | None = None  # experts of an average token, which capacity is counted by; None = K
+    own_TK: Tensor | None = None  # what the router would have chosen, where it was given its choices
 
     @cached_property
     def load_E(self) -> Tensor:
@@ -96,7 +100,9 @@ class Routing:
         """The choices of the first ``num_experts`` alone, with these weights: what a dispatcher is given."""
         ids_TK = torch.where(self.ids_TK < num_experts, self.ids_TK, -1)
         logits_TE, scores_TE = self.logits_TE[:, :num_experts], self.scores_TE[:, :num_experts]
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, True, self.zero_computation)
+        return replace(
+            self, logits_TE=logits_TE, scores_TE=scores_TE, ids_TK=ids_TK, weights_TK=weights_TK, ragged=True
+        )
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,35 @@ class Router(ABC):
     @abstractmethod
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
         """The Routing of choices that were made before: what ``__call__`` returned with these ids, -1 included."""
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """(T, E): how far what it chooses by had to move until the token has the expert, or has it no more.
+
+        For comparisons of two runs; inf = nothing that is computed decides it. Here: top-k of scores and bias.
+        """
+        return ties.of_top_k(self.scores(logits_TE) + bias_E, self.top_k)
+
+    def weigh_any(self, logits_TE: Tensor, scores_TE: Tensor, taken_TE: Tensor) -> Routing:
+        """The Routing of any number of experts a token, weighed by the router's rule as if it had chosen those.
+
+        (T, E), (T, E), (T, E) bool -> ids (T, E): e or -1.
+        """
+        E = taken_TE.shape[1]
+        counted_TE = taken_TE | ~taken_TE.any(-1, keepdim=True)  # a token without experts divides by no zero
+        every_TE = torch.arange(E, device=taken_TE.device).expand_as(taken_TE)
+        alone = logits_TE.masked_fill(~counted_TE, -torch.inf), scores_TE.masked_fill(~counted_TE, 0)
+        weights_TE = self.weigh(*alone, every_TE).weights_TK.masked_fill(~taken_TE, 0)
+        ids_TE = torch.where(taken_TE, every_TE, -1)
+        return Routing(logits_TE, scores_TE, ids_TE, weights_TE, ragged=True, top_k=self.top_k)
+
+
+def taken(ids_TK: Tensor, *, num_experts: int) -> Tensor:
+    """(..., K) expert ids, -1 = none -> (..., E) bool."""
+    ids_TK = torch.where(ids_TK < 0, num_experts, ids_TK)
+    room_TX = ids_TK.new_zeros(*ids_TK.shape[:-1], num_experts + 1, dtype=torch.bool)
+    return room_TX.scatter_(-1, ids_TK, True)[..., :num_experts]
 
 
 @config

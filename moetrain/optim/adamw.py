@@ -9,7 +9,7 @@ from moetrain.optim.config import OptimConfig
 
 
 class AdamW:
-    """``params`` are names -> storage that is updated in place; ``decays`` tells by name.
+    """``params`` are names -> storage that is updated in place; ``decays`` tells by name. Frozen ones only have state.
 
     The fused kernel wants state of the weights' dtype. Narrower state is widened, used and then rounded to nearest,
     element by element: the update itself sees what is not rounded yet.
@@ -17,12 +17,13 @@ class AdamW:
 
     def __init__(self, cfg: OptimConfig, params: dict[str, Tensor], *, decays: Callable[[str], bool]) -> None:
         self.cfg, self.decays, self.steps = cfg, decays, 0
-        self.leaves = {name: nn.Parameter(storage) for name, storage in params.items()}  # shares the storage
+        moving = {name: storage for name, storage in params.items() if not cfg.frozen(name)}
+        self.leaves = {name: nn.Parameter(storage) for name, storage in moving.items()}  # shares the storage
         dtypes = {name: p.dtype if cfg.state_dtype is None else cfg.state_dtype.torch for name, p in params.items()}
         first, second = ({n: torch.zeros_like(p, dtype=dtypes[n]) for n, p in params.items()} for _ in range(2))
         self.averages = {"exp_avg": first, "exp_avg_sq": second}
         self.fused = None
-        if self.leaves and all(dtypes[name] == p.dtype for name, p in params.items()):
+        if self.leaves and all(dtypes[name] == p.dtype for name, p in moving.items()):
             self.fused = self._make_fused()
 
     def _make_fused(self) -> torch.optim.AdamW:

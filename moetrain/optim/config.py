@@ -1,10 +1,12 @@
 """What an optimizer is told: its kind, its constants, the learning rate of every step, the dtype of its state."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import field
 from enum import Enum
+from fnmatch import fnmatchcase
 
-from moetrain.config import UserError, config
+from moetrain.config import UserError, config, nearest
 from moetrain.logical import DTypeName
 
 
@@ -51,7 +53,8 @@ class MuonConfig:
 @config
 class OptimConfig:
     """Norms and biases are never decayed; gates by choice. ``kind=muon`` leaves embeddings, head, norms, biases and
-    gates to AdamW."""
+    gates to AdamW. ``freeze``: patterns of names (``*`` is any text, dots too) of parameters that stay as they are, and
+    their state of the optimizer with them; the gradient norm is that of the others."""
 
     kind: Kind = Kind.adamw
     lr: float = 1e-3
@@ -67,6 +70,23 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm; 0 = do not clip
     state_dtype: StateDType | None = None  # of averages and momentum; None = as the master weights
     muon: MuonConfig = field(default_factory=MuonConfig)
+    freeze: list[str] = field(default_factory=list)
+
+    def frozen(self, name: str) -> bool:
+        """Whether the parameter of that global name is never updated."""
+        return any(fnmatchcase(name, pattern) for pattern in self.freeze)
+
+    def check_freeze(self, names: Iterable[str]) -> None:
+        """Raise ``UserError`` for a pattern that none of the whole model's parameters match."""
+        names = list(names)
+        kinds = [".".join("*" if word.isdigit() else word for word in name.split(".")) for name in names]
+        kinds = [kind.removeprefix("blocks.") for kind in kinds]  # "*.moe.gate.weight": every layer's
+        for pattern in self.freeze:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(
+                    f"optim.freeze has {pattern!r}, which is the name of no parameter{nearest(pattern, kinds)} "
+                    f"(* is any text; the first of {len(names)} is {names[0]!r})"
+                )
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -79,10 +79,14 @@ class Muon:
         describe: Callable[[str, Tensor], Logical],
         group: ProcessGroup | None,
     ) -> None:
-        self.cfg, self.muon, self.params, self.group = cfg, cfg.muon, params, group
+        self.cfg, self.muon, self.group = cfg, cfg.muon, group
         dtypes = {n: p.dtype if cfg.state_dtype is None else cfg.state_dtype.torch for n, p in params.items()}
         self.momentum = {n: torch.zeros_like(p, dtype=dtypes[n]) for n, p in params.items()}
+        self.params = params = {n: p for n, p in params.items() if not cfg.frozen(n)}  # the frozen only have state
         self.parts: dict[Piece, _Part] = {}
+        self.batches: list[Batch] = []
+        if not params:
+            return
         for number, (name, p) in enumerate(params.items()):
             shadow = describe(name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
             for chunk, like in zip(describe(name, p).chunks, shadow.chunks, strict=True):

@@ -53,7 +53,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None) -> None:
-        """Update in place with ``scale * grads``; the gradients are used up."""
+        """Update in place with ``scale * grads``; the gradients are used up, but those of frozen parameters."""
         self.adamw.step(grads, lr=lr, scale=scale)
         if self.muon is not None:
             self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale)

@@ -2,9 +2,9 @@
 
 Two runs that add in another order may choose differently where two scores are almost equal. Such a near-tie is no
 difference between the runs: it is counted, and the comparison runs again with the reference's choices replayed. In
-that second run every choice that the other run *would* have made is compared, each after the same choices as the
-reference's in all layers before. In the first run, only layers up to the first that differs can be judged: what a
-token meets later is no longer the same.
+that second run every choice that the other run's router *would* have made is compared, each after the same choices as
+the reference's in all layers before. In the first run, only layers up to the first that differs can be judged: what a
+token meets later is no longer the same. How near a choice was is the router's word (``Router.margins``).
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.config import UserError, replace
+from moetrain.config import replace
 from moetrain.job import Config
 from moetrain.moe.routers.replay import Replay, save_choices
-from moetrain.moe.routers.topk import TopK, top_k
+from moetrain.moe.types import taken
 from moetrain.verify.outcome import Outcome
 
 NEAR_TIE = 1e-5
-"""Scores closer than this may fall either way."""
+"""A choice with less of a margin than this may fall either way."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,17 @@ class Choices:
 
 
 def compare(other: Outcome, reference: Outcome, *, replayed: bool) -> Choices:
-    """``replayed``: ``other`` ran on the reference's choices; judge those that its own scores would have made."""
+    """``replayed``: ``other`` ran on the reference's choices, and left those that it would have made."""
     tokens, near_ties, widest = 0, 0, 0.0
     if missing := sorted(set(reference.layers) ^ set(other.layers)):
         return Choices(0, wrong=f"layer {missing[0]} is an MoE layer in only one of the two", gap=torch.inf)
     for layer in reference.layers:
-        want_BSK, scores_BSE = reference.choices(layer)
-        got_BSK, own_BSE = other.choices(layer)
-        if got_BSK.shape != want_BSK.shape:
+        (want_BSK, _), (got_BSK, _) = reference.choices(layer), other.choices(layer)
+        if got_BSK.shape[:2] != want_BSK.shape[:2]:
             shapes = f"{list(got_BSK.shape)} against {list(want_BSK.shape)}"
             return Choices(tokens, near_ties, widest, f"layer {layer}: choices of {shapes}", torch.inf)
-        if replayed:
-            got_BSK = top_k(own_BSE.flatten(0, 1), got_BSK.shape[-1]).view_as(got_BSK)
         tokens += want_BSK.shape[0] * want_BSK.shape[1]
-        at, gap_N = _gaps(want_BSK, got_BSK, scores_BSE)
+        at, gap_N = _gaps(want_BSK, got_BSK, reference.margins(layer))
         if not len(gap_N):
             continue
         over = (~(gap_N < NEAR_TIE)).nonzero().flatten()
@@ -62,24 +59,13 @@ def compare(other: Outcome, reference: Outcome, *, replayed: bool) -> Choices:
     return Choices(tokens, near_ties, widest)
 
 
-def _gaps(want_BSK: Tensor, got_BSK: Tensor, scores_BSE: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 2) sample and position of tokens whose sets differ, and how far apart those experts are in ``scores``.
-
-    The gap of a token is between the best that the other run left out and the worst that it took instead.
-    """
-    differs_BS = (want_BSK.sort(-1).values != got_BSK.sort(-1).values).any(-1)
-    at = differs_BS.nonzero()
-    want_NK, got_NK, scores_NE = want_BSK[differs_BS], got_BSK[differs_BS], scores_BSE[differs_BS].double()
-    lost_NK = ~(want_NK[:, :, None] == got_NK[:, None, :]).any(-1)
-    new_NK = ~(got_NK[:, :, None] == want_NK[:, None, :]).any(-1)
-    best_N = _pick(scores_NE, want_NK).masked_fill(~lost_NK, -torch.inf).amax(-1)
-    worst_N = _pick(scores_NE, got_NK).masked_fill(~new_NK, torch.inf).amin(-1)
-    return at, (best_N - worst_N).abs()
-
-
-def _pick(scores_NE: Tensor, ids_NK: Tensor) -> Tensor:
-    """Scores of the chosen; -inf where fewer than K were chosen, which is never a near-tie."""
-    return scores_NE.gather(-1, ids_NK.clamp_min(0)).masked_fill(ids_NK < 0, -torch.inf)
+def _gaps(want_BSK: Tensor, got_BSK: Tensor, margins_BSE: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 2) sample and position of tokens whose sets differ, and the widest margin of an expert in only one."""
+    want_BSE, got_BSE = (taken(ids_BSK, num_experts=margins_BSE.shape[-1]) for ids_BSK in (want_BSK, got_BSK))
+    differs_BSE = want_BSE != got_BSE
+    gap_BS = margins_BSE.double().masked_fill(~differs_BSE, -torch.inf).amax(-1)
+    differs_BS = differs_BSE.any(-1)
+    return differs_BS.nonzero(), gap_BS[differs_BS]
 
 
 def keep(outcome: Outcome, path: Path) -> None:
@@ -88,17 +74,9 @@ def keep(outcome: Outcome, path: Path) -> None:
     save_choices(path, {0: table}, first_sample={0: 0})
 
 
-def can_replay(cfg: Config) -> bool:
-    """Whether the router's weights are a function of scores and choices that ``Replay`` knows."""
-    return type(cfg.model.moe.router) is TopK
-
-
 def replay(cfg: Config, path: Path) -> Config:
-    """``cfg`` with the choices at ``path`` in place of its router's; weights stay its own."""
-    router = cfg.model.moe.router
-    if type(router) is not TopK:
-        raise UserError(f"choices of the router {getattr(router, 'kind', '?')!r} cannot be replayed: only topk's can")
-    swapped = Replay(
-        top_k=router.top_k, score=router.score, renormalize=router.renormalize, scale=router.scale, path=str(path)
-    )
-    return replace(cfg, model=replace(cfg.model, moe=replace(cfg.model.moe, router=swapped)))
+    """``cfg`` with the choices at ``path`` in place of its router's; weights stay its own, and so does what it notes of
+    the choices that it would have made."""
+    moe = cfg.model.moe
+    swapped = Replay(top_k=moe.router.top_k, renormalize=False, path=str(path), inner=moe.router)
+    return replace(cfg, model=replace(cfg.model, moe=replace(moe, router=swapped)))

@@ -1,7 +1,8 @@
 """What one step leaves behind for a comparison: every rank writes its part, anybody reads the whole.
 
 FOLDER/tensors    a checkpoint: grad.NAME, weight.NAME (after the update), buffer.NAME, load.LAYER, and the numbers
-FOLDER/choices    one file a rank: experts chosen, and the scores they were chosen by
+FOLDER/choices    one file a rank: experts chosen (where choices were replayed: those that it would have chosen), the
+                  scores of all, and how near each was to be chosen, or not to be
 FOLDER/replicas   only where two ranks hold the same box and not the same bits: each rank's own
 """
 
@@ -157,6 +158,7 @@ def _write_choices(seen: Seen, trainer: Trainer, folder: Path) -> None:
     for layer in seen.ids[0]:
         part[f"ids.{layer}"] = torch.cat([ids[layer] for ids in seen.ids]).to("cpu", torch.int32).contiguous()
         part[f"scores.{layer}"] = torch.cat([scores[layer] for scores in seen.scores]).cpu().contiguous()
+        part[f"margins.{layer}"] = torch.cat([margins[layer] for margins in seen.margins]).cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(part, folder / f"rank-{mesh.rank:05d}.safetensors")
 
@@ -192,24 +194,33 @@ class Outcome:
 
     def choices(self, layer: int) -> tuple[Tensor, Tensor]:
         """(samples, S, K) expert ids and (samples, S, E) scores of all ranks, without padding of the sequence."""
-        ids_BSK = scores_BSE = torch.empty(0)
+        ids_BSK, scores_BSE, _ = self._of_tokens(layer)
+        return ids_BSK, scores_BSE
+
+    def margins(self, layer: int) -> Tensor:
+        """(samples, S, E) how near each choice was to another (``Router.margins``), likewise."""
+        return self._of_tokens(layer)[2]
+
+    def _of_tokens(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids_BSK = scores_BSE = margins_BSE = torch.empty(0)
         B, S = self.meta["samples"], self.meta["seq_len"]
         for path in sorted((self.folder / "choices").iterdir()):
             with safe_open(path, "pt") as part:
                 if f"ids.{layer}" not in part.keys():  # noqa: SIM118 (safe_open is no mapping)
                     continue
-                ids, scores = part.get_tensor(f"ids.{layer}"), part.get_tensor(f"scores.{layer}")
+                ids, scores, margins = (part.get_tensor(f"{what}.{layer}") for what in ("ids", "scores", "margins"))
                 if ids_BSK.numel() == 0:
                     ids_BSK = torch.full((B, S, ids.shape[-1]), _NOBODY, dtype=torch.int64)
-                    scores_BSE = torch.zeros(B, S, scores.shape[-1], dtype=scores.dtype)
+                    scores_BSE, margins_BSE = (torch.zeros(B, S, x.shape[-1], dtype=x.dtype) for x in (scores, margins))
                 real = part.get_tensor("positions") < S
                 at = part.get_tensor("samples")[:, None], part.get_tensor("positions")[real]
                 ids_BSK[at], scores_BSE[at] = ids[:, real].long(), scores[:, real]
+                margins_BSE[at] = margins[:, real]
         if ids_BSK.numel() == 0 or (ids_BSK == _NOBODY).any():
             raise ValueError(
                 f"layer {layer}: no rank recorded the choices of some tokens (layout {self.meta['layout']})"
             )
-        return ids_BSK, scores_BSE
+        return ids_BSK, scores_BSE, margins_BSE
 
     @cached_property
     def replicas(self) -> dict[str, list[tuple[int, tuple[int, ...], Tensor]]]:

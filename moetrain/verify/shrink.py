@@ -279,6 +279,9 @@ def _apply(cfg: Config, n: Numbers) -> Config:
     moe = configs.replace(
         m.moe, num_experts=n.num_experts, hidden=n.hidden, shared_hidden=n.shared_hidden,
         router=configs.replace(m.moe.router, top_k=n.top_k), zero_computation=_counts(m.moe, n.zero_computation),
+        rounding=m.moe.rounding.shrunk(
+            top_k=n.top_k, num_experts=n.num_experts, tokens=n.seq_len, sequences=n.micro_batch
+        ),
         dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
         per_layer=_per_layer(m.moe, n),
     )  # fmt: skip
@@ -350,5 +353,6 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("checkpoint.every", "nothing is saved", lambda cfg: cfg.checkpoint.every),
     ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
     ("model.moe.dispatcher", "smaller groups of experts", lambda cfg: cfg.model.moe.dispatcher),
+    ("model.moe.rounding", "an expert has fewer tokens", lambda cfg: cfg.model.moe.rounding),
     ("data.ignore_tokens", "ids below the new vocabulary's size", lambda cfg: len(cfg.data.ignore_tokens)),
 )

@@ -51,15 +51,17 @@ CASES: dict[str, dict] = {
         | {"moe": MODEL["moe"] | {"router": {"kind": "topk", "top_k": 3, "score": "sigmoid"}}},
     },
     "replayed": {},
+    "replayed in place of a router": {"inner": {"kind": "topk"}},
+    "rounded": {"model": MODEL | {"moe": MODEL["moe"] | {"rounding": {"multiple": 4}}}},
 }  # fmt: skip
 
 
 def case(corpus: Path, folder: Path, name: str, recompute: dict, **more: dict) -> Config:
     groups = dict(CASES[name]) | {"recompute": recompute} | more
-    if name == "replayed":
+    if name.startswith("replayed"):
         ids = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i))[:2] for i in range(160)])
         save_choices(folder / "ids", {0: {layer: ids.view(8, 20, 2) for layer in (1, 2)}}, first_sample={0: 0})
-        router = {"kind": "replay", "path": str(folder / "ids")}
+        router = {"kind": "replay", "path": str(folder / "ids"), "inner": groups.pop("inner", None)}
         groups["model"] = MODEL | {"moe": MODEL["moe"] | {"router": router}}
     if "data" in groups:
         groups["data"] = {"corpora": {"small": {"path": str(corpus)}}} | groups["data"]

@@ -101,7 +101,7 @@ def test_near_ties_are_counted_and_replayed(ranks, tmp_path) -> None:
     free = choices.compare(Outcome(tmp_path / "layout"), Outcome(reference.folder), replayed=False)
     assert verdict.report is not None, verdict.error
     assert verdict.kind == "same", table(verdict.report)
-    assert verdict.report.choices.near_ties == free.near_ties > 0
+    assert verdict.report.choices.near_ties >= free.near_ties > 0, "replayed, later layers are judged too"
     assert "near-ties replayed" in line(verdict)
 
 

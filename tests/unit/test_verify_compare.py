@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain import checkpoint
 from moetrain.logical import Chunk, Logical
+from moetrain.moe.ties import of_top_k
 from moetrain.verify import choices, low
 from moetrain.verify.compare import compare, kind
 from moetrain.verify.outcome import Outcome
@@ -55,7 +56,9 @@ def write(run: Run, folder: Path, *, dtype: str = "float64") -> Path:
     for rank, positions in enumerate(([0, 1, 2], [3, 4, 5, 6])):
         at = torch.tensor(positions)
         ids, scores = (torch.nn.functional.pad(run[k], (0, 0, 0, 1))[:, at].contiguous() for k in ("ids", "scores"))
+        margins = of_top_k(scores.flatten(0, 1), ids.shape[-1]).view_as(scores)
         part = {"samples": torch.arange(B), "positions": at, "ids.0": ids.int(), "scores.0": scores}
+        part["margins.0"] = margins
         save_file(part, folder / "choices" / f"rank-{rank}.safetensors")
     return folder
 
@@ -176,8 +179,9 @@ def test_a_near_tie_is_counted_and_judged_again_on_the_same_choices(run, tmp_pat
     found = choices.compare(a, b, replayed=False)
     assert (found.near_ties, found.wrong, found.tokens) == (1, None, B * S)
     assert found.widest == pytest.approx(1e-7, rel=0.3)
-    # Replayed: the ids are the reference's, the scores its own, and one of those would have chosen otherwise.
-    other["ids"], other["scores"][1, 4] = run["ids"].clone(), torch.tensor([0.6, 0.5, 0.1])
+    # Replayed: the ids are those that it would have chosen by itself, of which one is another.
+    other["ids"] = run["ids"].clone()
+    choose_other(other)
     found = choices.compare(Outcome(write(other, tmp_path / "c")), b, replayed=True)
     assert found.wrong == "layer 0, sample 1, position 4"
 

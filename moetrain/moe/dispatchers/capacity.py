@@ -91,7 +91,8 @@ class Capacity(Dispatcher):
             tokens = replace(tokens, num_sequences=1, position_S=position_T, stretches=1, group=None)
         S = T // tokens.num_sequences
         whole = S * comm.size(tokens.group)  # multiplied first, as where it is decided who is kept: one rounding
-        rows_per_scope = min(S, self._capacity(whole, K, _parts(routing), tokens))
+        average = routing.top_k or K
+        rows_per_scope = min(S, self._capacity(whole, average, _parts(routing), tokens))
         C = tokens.num_sequences * rows_per_scope
         place_TK, keep_TK = self._place(routing, tokens, first_TK)
 
@@ -150,7 +151,7 @@ class Capacity(Dispatcher):
         which what a rank keeps is the first of what it has; or the highest of ``first_TK`` first.
         """
         (T, K), E, B = routing.ids_TK.shape, routing.scores_TE.shape[1], tokens.num_sequences
-        S, parts = T // B, _parts(routing)
+        S, average, parts = T // B, routing.top_k or K, _parts(routing)
         ids_TK = torch.where(routing.ids_TK < 0, E, routing.ids_TK) if routing.ragged else routing.ids_TK
         chosen_TE = ids_TK.new_zeros(T, E + 1, dtype=torch.int32).scatter_(1, ids_TK, 1)
         if first_TK is None:
@@ -162,9 +163,9 @@ class Capacity(Dispatcher):
             real_B = None if tokens.mask_T is None else tokens.mask_T.view(B, -1).sum(1)
             real_B = None if real_B is None else comm.all_reduce_(real_B, group=tokens.group)
         if real_B is None:
-            capacity = self._capacity(S * comm.size(tokens.group), K, parts, tokens)
+            capacity = self._capacity(S * comm.size(tokens.group), average, parts, tokens)
         else:
-            even_B = self._factor(tokens) * real_B.double() * K / parts
+            even_B = self._factor(tokens) * real_B.double() * average / parts
             capacity_B = torch.ceil(even_B).long().clamp_min(self.min_capacity)
             capacity = capacity_B.repeat_interleave(S)[:, None]
         keep_TK = (turn_TK < capacity) & (ids_TK < E)

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
-from moetrain.moe import sequences
+from moetrain.moe import sequences, ties
 from moetrain.moe.types import Context, Router, Routing
 
-_STEPS = 1 << 16
-"""Of a score's logarithm: what falls into one is a tie. Twins, as the equal first tokens of two documents, score alike
-but for rounding, which is another under every layout."""
+_LAST = torch.iinfo(torch.int64).min
 
 
 @config(group="router", name="expert_choice")
@@ -51,19 +49,30 @@ class ExpertChoice(Router):
     ) -> Routing:
         """(T, E) -> ids (T, E): e or -1. Ties go to the earlier position; a bias changes no order of tokens."""
         E, scores_TE = logits_TE.shape[1], self.scores(logits_TE)
-        scores_BPE, real_BP = sequences.whole(scores_TE, ctx=ctx, group=group)
-        steps_BPE = (scores_BPE.log() * _STEPS).round().masked_fill(~real_BP[:, :, None], -torch.inf)
-        order_BPE = steps_BPE.sort(dim=1, descending=True, stable=True).indices
-        rank_P = torch.arange(order_BPE.shape[1], device=order_BPE.device)
-        place_BPE = torch.empty_like(order_BPE).scatter_(1, order_BPE, rank_P[None, :, None].expand_as(order_BPE))
-        if ctx.mask_BS is None:
-            taken_BPE = place_BPE < math.ceil(self.factor * len(rank_P) * self.top_k / E)
-        else:
-            take_B = torch.ceil(self.factor * real_BP.sum(1).double() * self.top_k / E)
-            taken_BPE = (place_BPE < take_B[:, None, None]) & real_BP[:, :, None]
+        _, taken_BPE = self._taken(scores_TE, ctx, group)
         taken_TE = sequences.mine(taken_BPE, ctx=ctx, group=group)
         ids_TE = torch.where(taken_TE, torch.arange(E, device=taken_TE.device), -1)
         return self.weigh(logits_TE, scores_TE, ids_TE)
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of the scores' logarithms, among the tokens of the sequence."""
+        keys_BPE, taken_BPE = self._taken(self.scores(logits_TE), ctx, group)
+        return sequences.mine(ties.of_places(keys_BPE, taken_BPE, steps=sequences.STEPS), ctx=ctx, group=group)
+
+    def _taken(self, scores_TE: Tensor, ctx: Context, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """(B, P, E) int64 what tokens of whole sequences are taken by, and bool whether they are."""
+        scores_BPE, real_BP = sequences.whole(scores_TE, ctx=ctx, group=group)
+        keys_BPE = sequences.steps(scores_BPE).masked_fill(~real_BP[:, :, None], _LAST)
+        place_BPE = sequences.places(keys_BPE)
+        E = scores_BPE.shape[2]
+        if ctx.mask_BS is None:
+            taken_BPE = place_BPE < math.ceil(self.factor * place_BPE.shape[1] * self.top_k / E)
+        else:
+            take_B = torch.ceil(self.factor * real_BP.sum(1).double() * self.top_k / E)
+            taken_BPE = (place_BPE < take_B[:, None, None]) & real_BP[:, :, None]
+        return keys_BPE, taken_BPE
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1)

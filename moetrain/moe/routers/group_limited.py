@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
+from moetrain.moe import ties
 from moetrain.moe.routers.topk import TopK, top_k
 from moetrain.moe.types import Context, Routing
 
@@ -58,13 +59,25 @@ class GroupLimited(TopK):
     ) -> Routing:
         """(T, E), (E,) -> K experts per token; groups are chosen by biased scores too (ties: the lower group)."""
         scores_TE = self.scores(logits_TE)
-        steered_TE = scores_TE.detach() + bias_E
+        steered_TE, _ = self._steered(scores_TE.detach() + bias_E)
+        return self.weigh(logits_TE, scores_TE, top_k(steered_TE, self.top_k))
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of an expert within its groups, or of the groups where that is nearer."""
+        steered_TE, groups_TG = self._steered(self.scores(logits_TE.detach()) + bias_E)
+        between_T1 = ties.of_top_k(groups_TG, self.max_groups).amin(1, keepdim=True)
+        return torch.minimum(ties.of_top_k(steered_TE, self.top_k), between_T1)
+
+    def _steered(self, steered_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, E), of what is not in a token's groups -inf; (T, G) what groups are chosen by."""
         steered_TGX = steered_TE.unflatten(1, (self.num_groups, -1))
         best = self._best(steered_TGX.shape[2])
-        groups_TM = top_k(steered_TGX.topk(best, dim=2).values.sum(2), self.max_groups)
+        score_TG = steered_TGX.topk(best, dim=2).values.sum(2)
+        groups_TM = top_k(score_TG, self.max_groups)
         allowed_TG1 = torch.zeros_like(steered_TGX[:, :, 0], dtype=torch.bool).scatter_(1, groups_TM, True)[:, :, None]
-        steered_TE = steered_TGX.masked_fill(~allowed_TG1, -torch.inf).flatten(1)
-        return self.weigh(logits_TE, scores_TE, top_k(steered_TE, self.top_k))
+        return steered_TGX.masked_fill(~allowed_TG1, -torch.inf).flatten(1), score_TG
 
     def _best(self, group_size: int) -> int:
         """How many of a group's experts speak for it; top_k / max_groups is rounded up."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
-from moetrain.moe import draw
+from moetrain.moe import draw, ties
 from moetrain.moe.routers.topk import TopK, top_k
 from moetrain.moe.types import Context, Routing
 
@@ -38,9 +38,17 @@ class NoisyTopK(TopK):
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
     ) -> Routing:
         """(T, E), (E,) -> K experts per token; held-out data is routed without noise."""
-        scores_TE = self.scores(logits_TE)
-        steering_TE = self.scores(self._disturbed(logits_TE.detach(), ctx, layer)) if ctx.training else scores_TE
-        return self.weigh(logits_TE, scores_TE, top_k(steering_TE + bias_E, self.top_k))
+        steering_TE = self._steering(logits_TE.detach(), ctx, layer) + bias_E
+        return self.weigh(logits_TE, self.scores(logits_TE), top_k(steering_TE, self.top_k))
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of the disturbed scores."""
+        return ties.of_top_k(self._steering(logits_TE.detach(), ctx, layer) + bias_E, self.top_k)
+
+    def _steering(self, logits_TE: Tensor, ctx: Context, layer: int) -> Tensor:
+        return self.scores(self._disturbed(logits_TE, ctx, layer) if ctx.training else logits_TE)
 
     def _disturbed(self, logits_TE: Tensor, ctx: Context, layer: int) -> Tensor:
         def uniform_TE(what: str) -> Tensor:

@@ -48,6 +48,12 @@ class Random(Router):
             ids_TK = top_k(draw.uniform(ctx, "random", layer, num_experts=E, device=device), k)
         return self.weigh(logits_TE, self.scores(logits_TE), ids_TK)
 
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """No score decides anything."""
+        return torch.full_like(logits_TE, torch.inf)
+
     def used(self, step: int) -> int:
         """k of a step: round(k_min + (top_k - k_min) * step / until_step), halves up."""
         if step >= self.until_step:

@@ -1,5 +1,6 @@
 """Replay routing: somebody else's choices with one's own weights, for comparing two runs past a near-tie."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -11,14 +12,22 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
 from moetrain.moe.routers.topk import TopK
-from moetrain.moe.types import Context, Routing
+from moetrain.moe.types import Context, Router, Routing, taken
 
 
 @config(group="router", name="replay")
 class Replay(TopK):
-    """``path`` is a file that ``save_choices`` wrote; weights and gradients are this run's own."""
+    """``path`` is a file that ``save_choices`` wrote; weights and gradients are this run's own.
+
+    They are weighed as ``inner`` would weigh them, whose own choices are noted beside; without one, as top-k does.
+    """
 
     path: str = ""
+    inner: Router | None = None
+
+    def check(self, *, num_experts: int) -> None:
+        if self.inner is not None:
+            self.inner.check(num_experts=num_experts)
 
     def __call__(
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
@@ -34,11 +43,32 @@ class Replay(TopK):
         row_B = ctx.sample_B.to(logits_TE.device) - first[ctx.step]
         position_S = ctx.position_S.to(logits_TE.device).clamp_max(ids_BSK.shape[1] - 1)  # later ones are padding
         ids_TK = ids_BSK[row_B][:, position_S].flatten(0, 1)
+        if self.inner is not None:
+            own = self.inner(logits_TE.detach(), bias_E, ctx=ctx, layer=layer, group=group)
+            scores_TE = self.scores(logits_TE)
+            if (ids_BSK < 0).any() and not own.ragged:  # of tokens that were rounded
+                taken_TE = taken(ids_TK, num_experts=logits_TE.shape[1])
+                return dataclasses.replace(self.weigh_any(logits_TE, scores_TE, taken_TE), own_TK=own.ids_TK)
+            return dataclasses.replace(self.weigh(logits_TE, scores_TE, ids_TK), own_TK=own.ids_TK)
         if ids_TK.shape[1] != self.top_k:
             raise UserError(
                 f"{self.path} was recorded with top_k={ids_TK.shape[1]}, model.moe.router.top_k={self.top_k}"
             )
         return self.weigh(logits_TE, self.scores(logits_TE), ids_TK)
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of ``inner``'s own choices."""
+        by = super() if self.inner is None else self.inner
+        return by.margins(logits_TE, bias_E, ctx=ctx, layer=layer, group=group)
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        return super().scores(logits_TE) if self.inner is None else self.inner.scores(logits_TE)
+
+    def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
+        by = super() if self.inner is None else self.inner
+        return by.weigh(logits_TE, scores_TE, ids_TK)
 
 
 def save_choices(path: Path, choices: dict[int, dict[int, Tensor]], *, first_sample: dict[int, int]) -> None:

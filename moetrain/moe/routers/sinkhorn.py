@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
-from moetrain.moe import sequences
+from moetrain.moe import sequences, ties
 from moetrain.moe.routers.topk import top_k
 from moetrain.moe.types import Context, Router, Routing
 
@@ -36,11 +36,16 @@ class Sinkhorn(Router):
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
     ) -> Routing:
         """(T, E) -> K experts per token. A bias is not used: scaling the columns would take it out again."""
-        steering_TE = logits_TE
-        if ctx.training:
-            logits_BPE, real_BP = sequences.whole(logits_TE, ctx=ctx, group=group)
-            steering_TE = sequences.mine(self._normalized(logits_BPE, real_BP), ctx=ctx, group=group)
+        steering_TE = self._steering(logits_TE, ctx, group) if ctx.training else logits_TE
         return self.weigh(logits_TE, self.scores(logits_TE), top_k(steering_TE, self.top_k))
+
+    def margins(
+        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
+    ) -> Tensor:
+        """Of the normalized scores, as shares of a token's. That rounding decides how many rounds are run, where the
+        scales stop moving just at ``tolerance``, is not in it."""
+        steering_TE = self._steering(logits_TE, ctx, group) if ctx.training else self.scores(logits_TE)
+        return ties.of_top_k(steering_TE / steering_TE.sum(-1, keepdim=True), self.top_k)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Sigmoid where one expert is chosen, else softmax, as Megatron has it."""
@@ -48,6 +53,10 @@ class Sinkhorn(Router):
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
         return Routing(logits_TE, scores_TE, ids_TK, scores_TE.gather(-1, ids_TK))
+
+    def _steering(self, logits_TE: Tensor, ctx: Context, group: ProcessGroup | None) -> Tensor:
+        logits_BPE, real_BP = sequences.whole(logits_TE, ctx=ctx, group=group)
+        return sequences.mine(self._normalized(logits_BPE, real_BP), ctx=ctx, group=group)
 
     def _normalized(self, logits_BPE: Tensor, real_BP: Tensor) -> Tensor:
         """Each sequence's exp(logits), its rows summing to 1 / tokens and its columns to 1 / E; padding takes no part.
