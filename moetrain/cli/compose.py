@@ -140,7 +140,10 @@ def with_hydra(argv: list[str], run: Callable[[Config], str]) -> Path | None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the error becomes one line here
     before, Watch.sweep = sys.argv, None
-    sys.argv = ["moetrain train", *argv]
+    flags_first = sorted(
+        argv, key=lambda word: "=" in word and not word.startswith("-")
+    )  # argparse wants one run of them
+    sys.argv = ["moetrain train", *flags_first]
     try:
         with _one_line():
             hydra.main(version_base="1.3", config_path=str(folder()), config_name="train")(job)()

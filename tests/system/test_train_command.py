@@ -215,7 +215,7 @@ def test_a_sweep_skips_what_is_illegal_outlives_what_fails_and_resumes(small_cor
     folder = Path(points[0]["folder"])
     assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 1e-3
     before = (folder / "summary.json").stat().st_mtime_ns
-    again = train(*sweep)
+    again = train(*sweep[1:-1], "-m", sweep[-1])
     assert again.returncode == 1
     assert f"{folder}: done before\n" in again.stdout
     assert "4 points: 1 done, 2 skipped, 1 failed\n" in again.stdout

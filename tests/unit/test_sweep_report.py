@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import Links, record, run
+from test_report import Links, record, refused, run
 
 from moetrain import config as configs
 from moetrain.cli.main import main
@@ -117,14 +117,6 @@ def test_the_page_stands_alone_and_names_what_is_not_counted(swept, tmp_path) ->
     assert "| factor=0.5 | 2 |" in table
     shutil.rmtree(moved / "000-seed=1,model.moe.dispatcher.factor=0.5")
     assert len(sweep(moved, last=LAST).trials) == 4, "it is still where it was run"
-
-
-def refused(capsys, argv: list[str], says: str) -> None:
-    assert main(["report", *argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert says in lines[0]
 
 
 def test_what_cannot_be_compared_is_one_line(swept, tmp_path, capsys) -> None:
