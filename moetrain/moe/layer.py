@@ -74,7 +74,7 @@ class MoEConfig:
         own = PerLayer(early_top_k=p.early_top_k[i : i + 1], early_steps=p.early_steps * (i < len(p.early_top_k)))
         return configs.replace(
             self, num_experts=p.experts[i] if p.experts else self.num_experts, per_layer=own,
-            router=configs.replace(self.router, top_k=p.top_k[i]) if p.top_k else self.router,
+            router=self.router.taking(p.top_k[i]) if p.top_k else self.router,
         )  # fmt: skip
 
     @property
@@ -146,7 +146,7 @@ class MoE(nn.Module):
         self.terms, early = cfg.terms, cfg.per_layer.early_top_k
         self.router = self.early_router = cfg.rounding.around(cfg.router)
         if early:
-            self.early_router = cfg.rounding.around(configs.replace(cfg.router, top_k=early[0]))
+            self.early_router = cfg.rounding.around(cfg.router.taking(early[0]))
         lags = any(term.lags for term in self.terms.values())
         self.register_buffer("lagged_E", torch.zeros(cfg.num_choices, dtype=torch.int64) if lags else None)
         self.place(edp=1, ep=1, etp=1, rank=0, group=None)

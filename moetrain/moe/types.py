@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moetrain import config as configs
 from moetrain.config import UserError, config
 from moetrain.moe import ties
 from moetrain.moe.zero_computation import ZeroComputationConfig
@@ -210,6 +211,10 @@ class Router(ABC):
     def tokens_choose(self) -> bool:
         """Whether a token chooses experts, not they the token."""
         return True
+
+    def taking(self, top_k: int) -> "Router":
+        """The same with another ``top_k``."""
+        return configs.replace(self, top_k=top_k)
 
     def __post_init__(self) -> None:
         if self.top_k < 1:

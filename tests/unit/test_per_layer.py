@@ -1,6 +1,7 @@
 """Numbers of experts and top-k by layer and by step: what each layer gets, and what cannot be meant."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from moetrain.job import Config, check
 from moetrain.model.flops import layer_flops, size
 from moetrain.model.transformer import Transformer
 from moetrain.moe.types import Context
+from moetrain.verify.choices import replay
 from moetrain.verify.shrink import shrink
 
 SMALL = [
@@ -58,6 +60,15 @@ def test_first_layers_take_more_experts_at_first() -> None:
     for step in (0, 4):
         assert [chosen[step, layer] for layer in (1, 2, 3)] == [4, 3, 2]
     assert [chosen[5, layer] for layer in (1, 2, 3)] == [1, 2, 2]
+
+
+def test_choices_of_a_pyramid_are_replayed_with_the_top_k_of_each_layer() -> None:
+    replayed = replay(made(*PYRAMID), Path("choices"))
+    assert [(moe.router.top_k, moe.router.inner.top_k) for moe in replayed.model.moe_configs] == [
+        (1, 1),
+        (2, 2),
+        (2, 2),
+    ]
 
 
 def test_a_shrunk_pyramid_is_one() -> None:

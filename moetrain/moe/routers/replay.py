@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.config import UserError, config
+from moetrain.config import UserError, config, replace
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import Context, Router, Routing, taken
 
@@ -24,6 +24,9 @@ class Replay(TopK):
 
     path: str = ""
     inner: Router | None = None
+
+    def taking(self, top_k: int) -> "Replay":
+        return replace(self, top_k=top_k, inner=None if self.inner is None else self.inner.taking(top_k))
 
     def check(self, *, num_experts: int) -> None:
         if self.inner is not None:
