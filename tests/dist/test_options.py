@@ -126,7 +126,7 @@ def references(tmp_path_factory) -> Callable[..., Reference]:
     return reference
 
 
-DRAWN = sorted(drawn(TRIALS, 12, of="options"), key=lambda trial: LAYOUTS[trial[1]].world)
+DRAWN = sorted(drawn(TRIALS, 6, of="options"), key=lambda trial: LAYOUTS[trial[1]].world)
 
 
 @pytest.mark.parametrize(("case", "layout"), DRAWN, ids=str)
