@@ -296,14 +296,19 @@ class _Loop:
 
 def _layers(cfg: ModelConfig) -> str:
     """The MoE layers in words: how many of which numbers."""
-    experts, top_k = ([f(moe) for moe in cfg.moe_configs] for f in (lambda x: x.num_experts, lambda x: x.router.top_k))
-    span = lambda found: str(found[0]) if len(set(found)) == 1 else f"{min(found)} to {max(found)}"  # noqa: E731
-    if not experts:
+    moes = cfg.moe_configs
+    if not moes:
         return "no MoE layer"
+    experts, top_k = _span([moe.num_experts for moe in moes]), _span([moe.router.top_k for moe in moes])
     early, extra = cfg.moe.per_layer, cfg.moe.zero_computation
     more = f" ({extra} more, of zero computation)" if str(extra) else ""
     first = f" (before step {early.early_steps}: {early.early_top_k} in the first)" if early.early_steps else ""
-    return f"{len(experts)} MoE layers of {span(experts)} experts{more}, top-{span(top_k)}{first}"
+    return f"{len(moes)} MoE layers of {experts} experts{more}, top-{top_k}{first}"
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _rows(numbers: list[float], width: int) -> list[list[float]]:

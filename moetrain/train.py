@@ -164,9 +164,9 @@ class Trainer:
         self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip))
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
-        choices = {i: x.num_choices for i, x in zip(every, self.cfg.model.moe_configs, strict=True)}
-        load_LE = torch.zeros(len(every), max(choices.values(), default=0), dtype=torch.int64, device=loss.device)
-        loads = {layer: load_LE[every.index(layer.layer), : choices[layer.layer]] for layer in layers}
+        most = max((x.num_choices for x in self.cfg.model.moe_configs), default=0)
+        load_LE = torch.zeros(len(every), most, dtype=torch.int64, device=loss.device)
+        loads = {layer: load_LE[every.index(layer.layer), : layer.cfg.num_choices] for layer in layers}
         for layer, load_E in loads.items():
             load_E.copy_(layer.load_ME.sum(0))
         comm.all_reduce_(load_LE, group=self.all_ranks)

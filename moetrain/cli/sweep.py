@@ -10,7 +10,7 @@ from pathlib import Path
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
-from moetrain.report.points import Point, Status, paths, read
+from moetrain.report.points import Point, Status, counted, paths, read
 
 
 def run_point(
@@ -47,8 +47,7 @@ def run_point(
 def summary(sweep: Path) -> list[str]:
     """What became of the points: how many of each, and of each that is not done why."""
     points = read(sweep)
-    counts = [f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in points))]
-    lines = [f"sweep {sweep}: {len(points)} points: {', '.join(counts) or 'none was run'}"]
+    lines = [f"sweep {sweep}: {len(points)} points: {counted(points) or 'none was run'}"]
     return lines + [f"  {p.status.value} {' '.join(p.overrides)}: {p.reason}" for p in points if p.reason]
 
 

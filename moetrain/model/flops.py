@@ -68,8 +68,8 @@ def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
 
 def _gate(cfg: ModelConfig, moe: MoEConfig) -> int:
     """Parameters of a layer's gate and constant experts, which multiply every token."""
-    D = cfg.dim
-    return moe.gate.num_parameters(dim=D, num_experts=moe.num_choices) + moe.zero_computation.num_parameters(dim=D)
+    gate = moe.gate.num_parameters(dim=cfg.dim, num_experts=moe.num_choices)
+    return gate + moe.zero_computation.num_parameters(dim=cfg.dim)
 
 
 def _used(moe: MoEConfig, expert: int) -> int:

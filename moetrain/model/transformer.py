@@ -141,8 +141,9 @@ class Block(nn.Module):
             cfg.dim, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads, head_dim=cfg.width_of_heads,
             qk_norm=cfg.qk_norm, qkv_bias=cfg.qkv_bias, eps=eps,
         )  # fmt: skip
-        moe = cfg.moe_configs[cfg.moe_layers.index(layer)] if cfg.is_moe(layer) else None
-        self.moe = None if moe is None else MoE(moe, dim=cfg.dim, layer=layer)
+        self.moe = None
+        if cfg.is_moe(layer):
+            self.moe = MoE(cfg.moe.at(cfg.moe_layers.index(layer)), dim=cfg.dim, layer=layer)
         self.ffn = None if self.moe else SwiGLU(cfg.dim, hidden=cfg.dense_hidden)
         self.shared = SharedExpert(cfg.dim, cfg.moe) if self.moe is not None and cfg.moe.shared_hidden else None
 

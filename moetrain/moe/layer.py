@@ -170,7 +170,7 @@ class MoE(nn.Module):
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
         tokens = Tokens(
             x_BSD.shape[0], ctx.position_S, max(1, len(ctx.pieces)), mask_T, self.sequence_group,
-            sample_B=ctx.sample_B, key=(ctx.seed, ctx.step, self.layer), training=ctx.training,
+            sample_B=ctx.sample_B, key=(ctx.seed, ctx.step, self.layer), training=ctx.training, lagged_E=self.lagged_E,
         )  # fmt: skip
         logits_TE, carry = self.gate(x_TD, carry)
         routing, again = self._route(logits_TE, ctx)
@@ -242,8 +242,9 @@ class MoE(nn.Module):
         return routing.sent(E, weights_TK), stays_TD
 
     def _balance(self, y_TD: Tensor, routing: Routing, tokens: Tokens, ctx: Context) -> Tensor:
-        if self.terms:
-            tokens = replace(tokens, lagged_E=self.lagged_E, buffered_E=self._so_far(ctx.micro_batch))
+        if any(term.buffers for term in self.terms.values()):
+            so_far_E = self.load_ME[: ctx.micro_batch + 1].sum(0)
+            tokens = replace(tokens, buffered_E=comm.all_reduce_(so_far_E, group=self.stage_group))
         total = None
         for j, term in enumerate(self.terms.values()):
             loss = term.loss(routing, tokens)
@@ -251,11 +252,6 @@ class MoE(nn.Module):
             self.losses_MJ[ctx.micro_batch, j] = loss.detach()
             total = term.coef * loss if total is None else total + term.coef * loss
         return y_TD if total is None else attach(y_TD, total, weight=1.0 / ctx.routed_tokens)
-
-    def _so_far(self, micro_batch: int) -> Tensor | None:
-        if not any(term.buffers for term in self.terms.values()):
-            return None
-        return comm.all_reduce_(self.load_ME[: micro_batch + 1].sum(0), group=self.stage_group)
 
 
 def _mask(routing: Routing, mask_T: Tensor) -> Routing:

@@ -5,6 +5,7 @@ import html
 from pathlib import Path
 
 from moetrain.report.read import History
+from moetrain.report.stats import median
 from moetrain.report.tables import Table, against, comparison_note, facts, not_counted, notes, of_groups
 from moetrain.report.trials import MOST, Group, Sweep
 from moetrain.telemetry.alerts import METRICS
@@ -93,13 +94,13 @@ def _html(table: Table) -> str:
 
 
 def _facts(found: History) -> list[str]:
-    rates = sorted(found.tokens_per_second)
+    rates = found.tokens_per_second
     facts = [
         f"{found.steps[-1]:,} steps, {sum(found.tokens):,} tokens",
         f"loss {found.loss[0]:.4f} at step {found.steps[0]}, {found.loss[-1]:.4f} at step {found.steps[-1]}",
     ]
     facts += [f"held out {name}: {points[-1][1]:.4f} nats a token" for name, points in found.held_out.items()]
-    return facts + ([f"{rates[len(rates) // 2]:,.0f} tokens/s (median)"] if rates else [])
+    return facts + ([f"{median(rates):,.0f} tokens/s (median)"] if rates else [])
 
 
 def _table(found: History) -> str:

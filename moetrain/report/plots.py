@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from moetrain.config import UserError
 from moetrain.report.read import History
+from moetrain.report.stats import mean
 
 try:  # a plain ImportError would not say how to get it
     import matplotlib
@@ -85,7 +86,7 @@ def _balance(found: History, axes: Axes) -> None:
         label="worst layer",
     )  # fmt: skip
     axes.plot(
-        found.logged, [_mean(x) for x in found.health["max_violation"]], color=MAIN, marker=_dot(found.logged),
+        found.logged, [mean(x) for x in found.health["max_violation"]], color=MAIN, marker=_dot(found.logged),
         label="mean over layers",
     )  # fmt: skip
     smooth = [max(x) for x in found.health["smooth_max_violation"]]
@@ -134,7 +135,7 @@ def _drops(found: History, axes: Axes) -> None:
         percent = [[100 * x for x in layers] for layers in found.health["drop_rate"]]
         axes.plot(found.logged, [max(x) for x in percent], color=WORST, marker=_dot(found.logged), label="worst layer")
         axes.plot(
-            found.logged, [_mean(x) for x in percent], color=MAIN, marker=_dot(found.logged), label="mean over layers"
+            found.logged, [mean(x) for x in percent], color=MAIN, marker=_dot(found.logged), label="mean over layers"
         )
         axes.set_ylabel("dropped assignments, %")
         axes.set_ylim(bottom=0)
@@ -155,10 +156,6 @@ def _finish(axes: Axes) -> None:
 def _dot(steps: list[int]) -> str:
     """A mark where a line has so few points that it hides them."""
     return "o" if len(steps) < 4 else ""
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def smoothed(values: list[float], *, over: int) -> list[float]:

@@ -47,6 +47,11 @@ def read(sweep: Path) -> list[Point]:
     return found
 
 
+def counted(points: list[Point]) -> str:
+    """How many there are of each status, in words; nothing for none."""
+    return ", ".join(f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in points)))
+
+
 def leaves(overrides: list[str]) -> dict[str, str]:
     """Key -> value of each override; ``a={b:1,c:{d:2}}`` is two keys, a.b and a.c.d."""
     found = {}

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 
 from moetrain.model.flops import size
-from moetrain.report.points import Status
+from moetrain.report.points import counted
 from moetrain.report.stats import Difference, mean, spread
 from moetrain.report.trials import Group, Sweep, differences
 
@@ -79,13 +79,12 @@ def not_counted(found: Sweep) -> Table:
 
 def facts(found: Sweep) -> list[str]:
     """What was run, in short."""
-    counts = [f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in found.points))]
     steps = [len(trial.history.steps) for trial in found.trials]
     tokens = [sum(trial.history.tokens) for trial in found.trials]
     sizes = sorted({str(size(trial.cfg.model)) for trial in found.trials})
     seconds = sum(trial.history.seconds for trial in found.trials)
     return [
-        f"{len(found.points)} points: {', '.join(counts)}",
+        f"{len(found.points)} points: {counted(found.points)}",
         f"{_range(steps)} steps, {_range(tokens)} tokens each",
         *(sizes if len(sizes) == 1 else []),
         f"{seconds / 3600:.1f} hours of steps" if seconds >= 3600 else f"{seconds / 60:.1f} minutes of steps",

@@ -7,7 +7,7 @@ from pathlib import Path
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
-from moetrain.report.points import Point, Status, leaves, read
+from moetrain.report.points import Point, Status, counted, leaves, read
 from moetrain.report.read import History, history
 from moetrain.report.stats import Difference, mean, median, paired
 
@@ -111,9 +111,8 @@ def sweep(folder: Path, *, last: int = LAST) -> Sweep:
             left_out.append((point, str(e)))
     finished = {overrides: trials for overrides, trials in finished.items() if trials}
     if not finished:
-        counts = [f"{n} {status.value}" for status in Status if (n := sum(p.status is status for p in points))]
         first = f"; the first: {left_out[0][1]}" if left_out else ""
-        raise UserError(f"{folder} is a sweep without a finished point ({', '.join(counts)}){first}")
+        raise UserError(f"{folder} is a sweep without a finished point ({counted(points)}){first}")
     labels = _labels(list(finished))
     groups = [Group(labels[key], key, sorted(x, key=lambda t: t.seed)) for key, x in finished.items()]
     return Sweep(folder, points, groups, left_out, last)
@@ -132,7 +131,7 @@ def _trial(sweep: Path, point: Point, last: int) -> Trial:
     logged = [i for i, step in enumerate(found.logged) if step > found.steps[-1] - last]
     violations = [found.health["max_violation"][i] for i in logged]
     whole = found.neighbours == 1  # else the load is known of runs of experts only
-    assignments = sum(found.tokens[-last:]) * cfg.model.moe.router.top_k * max(1, len(cfg.model.moe_layers))
+    assignments = sum(found.tokens[-last:]) * sum(moe.router.top_k for moe in cfg.model.moe_configs)
     return Trial(
         point, cfg, found,
         loss=mean(found.loss[-last:]), held_out=point.loss, logged=len(logged),

@@ -33,7 +33,8 @@ def heat_map(loads: list[tuple[int, list[float]]], *, columns: int = 100, lines:
     label = 8 + len(str(layers[-1])) * (2 if down > 1 else 1) + (down > 1)
     right = -(-E // (columns - label - 3))
     wide = max(1, min(3, (columns - label - 3) // -(-E // right)))
-    even_LE = [[x * len(load_E) / (sum(load_E) or 1) for x in load_E] for load_E in load_LE]
+    means = [sum(load_E) / len(load_E) or 1 for load_E in load_LE]
+    even_LE = [[x / mean for x in load_E] for load_E, mean in zip(load_LE, means, strict=True)]
     cell = f", a cell: the most loaded of {down} x {right}" if down * right > 1 else ""
     found = [f"  load of layers x {E} experts{cell}"]
     for i in range(0, len(layers), down):
