@@ -33,7 +33,7 @@ from moetrain.model import attend
 from moetrain.model.attend import Visible
 from moetrain.model.transformer import Transformer
 from moetrain.moe import rows
-from moetrain.moe.types import Placement
+from moetrain.moe.placement.types import Placement
 from moetrain.optim import muon
 from moetrain.optim.work import Piece
 from moetrain.parallel import pipeline, state

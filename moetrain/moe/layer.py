@@ -15,6 +15,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.per_layer import PerLayer
 from moetrain.moe.placement.static import Static
+from moetrain.moe.placement.types import FREE, Grid, PlacementPolicy
 from moetrain.moe.rounding import TokenRounding
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import (
@@ -24,7 +25,6 @@ from moetrain.moe.types import (
     Dispatcher,
     GateConfig,
     LayoutDependence,
-    PlacementPolicy,
     Router,
     Routing,
     Slots,
@@ -160,7 +160,9 @@ class MoE(nn.Module):
         """
         self.rank, self.etp, self.group = rank, etp, group
         with torch.device("cpu"):  # planning tables are real even where the model is on meta
-            self.placement = self.cfg.placement(torch.zeros(self.cfg.num_experts, dtype=torch.int64), edp=edp, ep=ep)
+            load_E, grid = torch.zeros(self.cfg.num_experts), Grid(edp, ep)
+            owner_E = self.cfg.placement.owners([load_E], grid, FREE)[0]
+            self.placement = self.cfg.placement(load_E, owner_E, grid, FREE)
         self.width = -(-self.cfg.hidden // etp)
         self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.width)
 

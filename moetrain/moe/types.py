@@ -8,7 +8,7 @@ Shape letters, used as name suffixes everywhere in moe/:
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,56 +104,6 @@ class Routing:
         return replace(
             self, logits_TE=logits_TE, scores_TE=scores_TE, ids_TK=ids_TK, weights_TK=weights_TK, ragged=True
         )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where experts live: ``slots_RS[r, s]`` is the expert in slot s of rank r (or -1), ``owner_E[e]`` who optimizes e.
-
-    Ranks are the stage's edp x ep ranks. Tokens travel among ``span`` consecutive ones: an ep row under static
-    expert parallelism, all of them where any rank may hold a replica. Tables for planning are on the CPU.
-    """
-
-    slots_RS: Tensor  # (R, S) int64
-    owner_E: Tensor  #  (E,) int64
-    span: int
-    _device_tables: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        E = self.owner_E.numel()
-        for start in range(0, self.slots_RS.shape[0], self.span):
-            held = torch.zeros(E, dtype=torch.bool)
-            row = self.slots_RS[start : start + self.span]
-            held[row[row >= 0]] = True
-            if not held.all():
-                lost = (~held).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"placement leaves experts {lost} without a slot on ranks {start}..{start + self.span}"
-                )
-
-    @property
-    def num_slots(self) -> int:
-        return self.slots_RS.shape[1]
-
-    def slots_of(self, rank: int) -> list[int]:
-        """Expert ids in the slots of a rank, in slot order."""
-        return [e for e in self.slots_RS[rank].tolist() if e >= 0]
-
-    def target_EJ(self, rank: int, device: torch.device, *, etp: int = 1) -> Tensor:
-        """(E, J) int64 on ``device``: the slots that rank sends each expert's tokens to, as peer * S + slot.
-
-        Peers are the ranks of its span, each ``etp`` times: J = etp ranks hold a slice of an expert's width each.
-        """
-        table = self._device_tables.get((rank, etp, device))
-        if table is None:
-            start = rank // self.span * self.span
-            row = self.slots_RS[start : start + self.span].flatten()
-            at = (row >= 0).nonzero().flatten()
-            target_E = torch.empty_like(self.owner_E).scatter_(0, row[at].flip(0), at.flip(0))
-            peer_E1, slot_E1 = target_E[:, None] // self.num_slots, target_E[:, None] % self.num_slots
-            table = (peer_E1 * etp + torch.arange(etp, device=row.device)) * self.num_slots + slot_E1
-            self._device_tables[rank, etp, device] = table = table.to(device)
-        return table
 
 
 @dataclass(frozen=True)
@@ -299,14 +249,6 @@ class Balance:
     def bias(self, bias_E: Tensor, load_E: Tensor, *, step: int = 0) -> Tensor:
         """(E,), (E,) int64 global assignment counts of the finished step, which is number ``step`` -> (E,)."""
         return bias_E
-
-
-@config
-class PlacementPolicy(ABC):
-    """Last step's load -> next step's placement. Pure and deterministic, so every rank plans the same thing."""
-
-    @abstractmethod
-    def __call__(self, load_E: Tensor, *, edp: int, ep: int) -> Placement: ...
 
 
 @config

@@ -18,7 +18,8 @@ from moetrain.config import OPTIONS, load
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.moe.rows import gather
-from moetrain.moe.types import Dispatcher, Placement, Routing, Slots, Tokens
+from moetrain.moe.placement.types import Placement
+from moetrain.moe.types import Dispatcher, Routing, Slots, Tokens
 
 D = 3
 

@@ -17,7 +17,7 @@ from moetrain.config import load, replace
 from moetrain.job import Config, open_data
 from moetrain.moe.gates.linear import LinearGate
 from moetrain.moe.routers.replay import save_choices
-from moetrain.moe.types import Placement, PlacementPolicy
+from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
 from moetrain.optim import grad_norm
 from moetrain.train import Seen, Trainer
 from moetrain.world import World
@@ -159,14 +159,15 @@ def test_the_steps_are_the_same_under_every_layout(ranks, small_corpus, one_rank
 class Permuted(PlacementPolicy):
     """Expert ids shuffled, ranks of a row owning different numbers of them."""
 
-    def __call__(self, load_E: Tensor, *, edp: int, ep: int) -> Placement:
+    def __call__(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> Placement:
+        ep = grid.ep
         sizes = {1: [8], 2: [5, 3], 4: [3, 1, 2, 2]}[ep]
         shuffled = (torch.arange(8) * 5 + 3) % 8
         row_RS, owner_E = torch.full((ep, max(sizes)), -1), torch.empty(8, dtype=torch.int64)
         for r, ids in enumerate(shuffled.split(sizes)):
             row_RS[r, : len(ids)] = ids
             owner_E[ids] = r
-        return Placement(row_RS.repeat(edp, 1), owner_E, span=ep)
+        return Placement(row_RS.repeat(grid.edp, 1), owner_E, span=ep)
 
 
 OWNED = drawn(trials({2: ["dropless"], 4: ["capacity"]}), 2, of="owner maps")

@@ -23,8 +23,9 @@ from moetrain.model.init import initialize
 from moetrain.model.layers import Rope, RopeConfig, Scaling
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.moe.layer import MoEConfig
+from moetrain.moe.placement.types import Placement
 from moetrain.moe.routers.topk import top_k
-from moetrain.moe.types import Context, Placement
+from moetrain.moe.types import Context
 from moetrain.optim import OptimConfig, Schedule
 from moetrain.telemetry.load_picture import draw
 

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from moetrain.config import config
-from moetrain.moe.types import Placement, PlacementPolicy
+from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
 
 
 @config(group="placement", name="static")
 class Static(PlacementPolicy):
-    def __call__(self, load_E: Tensor, *, edp: int, ep: int) -> Placement:
-        """(E,) -> block j of the experts on rank (i, j) for every i; tokens stay in their ep row."""
-        block_RS = torch.arange(load_E.numel()).view(ep, -1)
-        return Placement(block_RS.repeat(edp, 1), torch.arange(ep).repeat_interleave(block_RS.shape[1]), span=ep)
+    def __call__(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> Placement:
+        """Block j of the experts on rank (i, j) for every i; tokens stay in their ep row."""
+        block_RS = torch.arange(load_E.numel()).view(grid.ep, -1)
+        owner_E = torch.arange(grid.ep).repeat_interleave(block_RS.shape[1])
+        return Placement(block_RS.repeat(grid.edp, 1), owner_E, span=grid.ep)
