@@ -93,6 +93,15 @@ def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, 
     return x_ND if group is None else _AllToAll.apply(x_ND, recv, send, group)  # pyright: ignore
 
 
+def start_all_to_all(
+    into: Tensor, x: Tensor, *, recv: list[int], send: list[int], group: ProcessGroup | None
+) -> dist.Work | None:
+    """The same without gradient, on its way: rows of ``x`` into ``into``, both alive until the work is waited for."""
+    if group is None:
+        return None
+    return dist.all_to_all_single(into, x, recv, send, group=group, async_op=True)
+
+
 def gather(x: Tensor, *, dim: int, group: ProcessGroup | None) -> Tensor:
     """The group's shards of ``dim``, put together in rank order on every rank; the gradient is summed and cut."""
     return x if group is None else _Along.apply(x, dim, group, _gathered, _scattered_sum)  # pyright: ignore

@@ -18,7 +18,7 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
-    _groups: dict[tuple[int, ...], ProcessGroup | None]
+    _groups: dict[tuple[tuple[int, ...], str], ProcessGroup | None]
     _timeout: timedelta | None = None
 
     @classmethod
@@ -33,21 +33,24 @@ class Mesh:
         like: "Mesh | None" = None,
     ) -> "Mesh":
         """``timeout`` of collectives. ``like``: a mesh of the same ranks, whose groups are used again."""
-        groups: dict[tuple[int, ...], ProcessGroup | None] = {} if like is None else like._groups
+        groups: dict[tuple[tuple[int, ...], str], ProcessGroup | None] = {} if like is None else like._groups
         if world > 1:
-            groups[tuple(range(world))] = dist.distributed_c10d._get_default_group()
+            groups[tuple(range(world)), ""] = dist.distributed_c10d._get_default_group()
         return cls(layout.solve(world), rank, device, groups, timeout)
 
     @property
     def world(self) -> int:
         return self.layout.world
 
-    def group(self, view: str, *axes: str) -> ProcessGroup | None:
-        """This rank's group along ``axes`` of a view; None where it would hold one rank. Collective the first time."""
+    def group(self, view: str, *axes: str, use: str = "") -> ProcessGroup | None:
+        """This rank's group along ``axes`` of a view; None where it would hold one rank. Collective the first time.
+
+        Groups of the same ranks are one, but for a ``use`` whose collectives are not to wait for others'.
+        """
         mine = None
         for ranks in slices(views(self.layout)[view], axes):
             if len(ranks) > 1:
-                group = self._made(ranks)
+                group = self._made(ranks, use)
                 mine = group if self.rank in ranks else mine
         return mine
 
@@ -68,12 +71,12 @@ class Mesh:
             mine = group if self.rank in (whole[0], whole[-1]) else mine
         return mine
 
-    def _made(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
+    def _made(self, ranks: tuple[int, ...], use: str = "") -> ProcessGroup | None:
         """The group of these ranks, made once; None on a rank that is not in it."""
-        if ranks not in self._groups:
+        if (ranks, use) not in self._groups:
             group = dist.new_group(list(ranks), timeout=self._timeout)
-            self._groups[ranks] = group if isinstance(group, ProcessGroup) else None  # a number: not a member
-        return self._groups[ranks]
+            self._groups[ranks, use] = group if isinstance(group, ProcessGroup) else None  # a number: not a member
+        return self._groups[ranks, use]
 
     def storage(self, view: str) -> DeviceMesh | None:
         """The replicate x shard axes of a storage view as FSDP2 wants them; None where one rank would hold both."""
@@ -90,10 +93,11 @@ class Mesh:
 
     def _alone(self) -> ProcessGroup:
         """A group of this rank only, for an axis that a DeviceMesh cannot do without."""
-        if (self.rank,) not in self._groups:
+        key = ((self.rank,), "")
+        if key not in self._groups:
             group = dist.new_group([self.rank], timeout=self._timeout, use_local_synchronization=True)
-            self._groups[(self.rank,)] = group if isinstance(group, ProcessGroup) else None
-        group = self._groups[(self.rank,)]
+            self._groups[key] = group if isinstance(group, ProcessGroup) else None
+        group = self._groups[key]
         assert group is not None
         return group
 

@@ -69,7 +69,8 @@ class Trainer:
             cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
             recompute_cfg=cfg.recompute, dtype=self.dtype,
         )  # fmt: skip
-        self.model, self.plan, self.pipeline = parallel.model, parallel.plan, parallel.pipeline
+        self.model, self.plan = parallel.model, parallel.plan
+        self.pipeline, self.mover = parallel.pipeline, parallel.mover
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
         self.optimizer = Optimizer(
             cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()}, describe=self.describe,
@@ -89,6 +90,8 @@ class Trainer:
         start = self.consumed + self.mesh.index("dense", "dp") * share
         targets = max(1, self.data.loader.num_targets(self.consumed, batch))  # none: the balance losses still count
         micro_batches = share // t.micro_batch
+        if self.mover:
+            self.mover.begin_step(self.steps, self.optimizer)
         for layer in self.model.moe_layers():
             layer.begin_step(micro_batches, watch=watch, pairs=watch and self.cfg.health.pairs)
         if seen is not None:
@@ -113,6 +116,8 @@ class Trainer:
         total = torch.zeros((), device=self.world.device, dtype=torch.promote_types(self.dtype, torch.float32))
         for m in range(micro_batches):
             set_last_micro_batch(self.model, m == micro_batches - 1, sharding=self.cfg.sharding)
+            if self.mover:
+                self.mover.begin_micro_batch(m == micro_batches - 1)
             loss = forward(m, None, None, {})
             assert isinstance(loss, Tensor)
             with self._fixed_order():
@@ -124,8 +129,18 @@ class Trainer:
         """The same in the order of a schedule; zero on ranks without the last stage."""
         assert self.pipeline is not None
         units = Units(self.model, sharding=self.cfg.sharding)
+        parts = [units, *([self.mover] if self.mover else [])]
+
+        def reshard(stage: Stage) -> None:
+            for part in parts:
+                part.reshard(stage)
+
+        def reduce(stage: Stage, last: bool) -> None:
+            for part in parts:
+                part.reduce(stage, last)
+
         total = self.pipeline.step(
-            micro_batches, forward, shape=self._shape, reshard=units.reshard, reduce=units.reduce,
+            micro_batches, forward, shape=self._shape, reshard=reshard, reduce=reduce,
             around_backward=self._fixed_order,
         )  # fmt: skip
         units.finish()
@@ -153,6 +168,8 @@ class Trainer:
         return found / targets if isinstance(found, Tensor) else found
 
     def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
+        if self.mover:
+            self.mover.finish()
         grads = state.grads(self.model)
         state.sum_copies_(grads, self.plan)
         if seen is not None:
@@ -172,6 +189,8 @@ class Trainer:
         comm.all_reduce_(load_LE, group=self.all_ranks)
         for layer, load_E in loads.items():
             layer.end_step(load_E, step=self.steps)
+        if self.mover:
+            self.mover.end_step(load_LE, self.steps)
         dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
         balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
         return StepResult(loss, norm, load_LE, dropped, balance_J)
@@ -185,6 +204,8 @@ class Trainer:
             for name, held_out in self.data.validation.items()
         }  # fmt: skip
         reshard(self.model)
+        if self.mover:
+            self.mover.free()
         return scores
 
     def _held_out_losses(self, rows: list[Rows]) -> Tensor:
@@ -218,14 +239,25 @@ class Trainer:
             "moetrain": __version__, "torch": torch.__version__, "config": configs.dump(self.cfg),
         }  # fmt: skip
         folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
-        checkpoint.save(folder, self.tensors(), meta, group=self.world.host_group)
+        tensors = self.tensors() | (self.mover.tensors() if self.mover else {})
+        checkpoint.save(folder, tensors, meta, group=self.world.host_group)
         if self.world.main and self.cfg.checkpoint.keep:
             checkpoint.prune(checkpoints(self.cfg), keep=self.cfg.checkpoint.keep)
         comm.barrier(self.world.host_group)
         return folder
 
+    def _placement(self, folder: Path) -> dict[str, Logical]:
+        """What placements are decided from, as far as the checkpoint has it; else loads are seen from now on."""
+        if self.mover is None:
+            return {}
+        saved = checkpoint.read_index(folder)
+        return {n: x for n, x in self.mover.tensors().items() if saved.get(n) == (x.shape, x.dtype)}
+
     def load(self, folder: Path) -> None:
-        report = checkpoint.load(folder, self.tensors(), group=self.world.host_group)
+        tensors = self.tensors() | self._placement(folder)
+        report = checkpoint.load(folder, tensors, group=self.world.host_group)
         check_same_data(report.meta, self.data, folder)
         self.steps, self.consumed = report.meta["step"], report.meta["consumed"]
         self.optimizer.set_steps(self.steps)
+        if self.mover:
+            self.mover.restore(self.steps, self.optimizer)

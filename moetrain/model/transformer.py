@@ -153,6 +153,8 @@ class Block(nn.Module):
         return rerun(self._layer, x_BSD, carry, ctx, shared, on=self.rerun_all)
 
     def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
+        if self.moe is not None:
+            self.moe.experts.prefetch()
         attention = partial(self.attention, rope=shared.rope, visible=shared.visible)
         group, again = self.attention.group, self.rerun_attention
         x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)

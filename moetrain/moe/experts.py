@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.kernels import Backend
+from moetrain.moe.travel import Replicas
 from moetrain.moe.types import Rows
 
 
@@ -13,15 +14,23 @@ class Experts(nn.Module):
     """Weights of the experts this rank owns, stacked on dim 0 in slot order; which experts those are is a Placement."""
 
     rerun_activation: bool = False  # in backward, rather than keep it
+    replicas: Replicas | None = None  # what is computed with, where some experts travel; None: what is owned
 
     def __init__(self, num_owned: int, *, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_owned, 2, hidden, dim))
         self.down = nn.Parameter(torch.empty(num_owned, dim, hidden))
 
+    def prefetch(self) -> None:
+        """Experts that travel to this rank may set out: they are needed soon."""
+        if self.replicas is not None:
+            self.replicas.start()
+
     def forward(self, rows: Rows, backend: Backend) -> Tensor:
         """Rows sorted by slot -> (M, D) weighted results. Slots without an expert come last and have no rows."""
         dtype = rows.x_ND.dtype
-        if rows.offsets_S.shape[0] > self.gate_up.shape[0]:
-            rows = replace(rows, offsets_S=rows.offsets_S[: self.gate_up.shape[0]])
-        return backend(rows, self.gate_up.to(dtype), self.down.to(dtype), again=self.rerun_activation)
+        gate_up, down = (self.gate_up, self.down) if self.replicas is None else self.replicas.ready()
+        if rows.offsets_S.shape[0] > gate_up.shape[0]:
+            rows = replace(rows, offsets_S=rows.offsets_S[: gate_up.shape[0]])
+        y_MD = backend(rows, gate_up.to(dtype), down.to(dtype), again=self.rerun_activation)
+        return y_MD if self.replicas is None else self.replicas.used(y_MD)

@@ -149,22 +149,28 @@ class MoE(nn.Module):
             self.early_router = cfg.rounding.around(cfg.router.taking(early[0]))
         lags = any(term.lags for term in self.terms.values())
         self.register_buffer("lagged_E", torch.zeros(cfg.num_choices, dtype=torch.int64) if lags else None)
-        self.place(edp=1, ep=1, etp=1, rank=0, group=None)
+        self.place(Grid(1, 1), etp=1, rank=0, group=None)
         self.begin_step(1)
 
-    def place(self, *, edp: int, ep: int, etp: int, rank: int, group: ProcessGroup | None) -> None:
+    def place(
+        self, grid: Grid, *, etp: int, rank: int, group: ProcessGroup | None, owner_E: Tensor | None = None
+    ) -> None:
         """Say where this rank stands in the stage's expert grid, and make room for the experts it owns (on meta).
 
-        ``group`` is its ep x etp ranks, etp innermost. A width that etp does not divide is padded with zeros, which
+        ``group`` is the ranks that its tokens travel among, etp innermost; ``owner_E`` who owns each expert, None = as
+        the policy has it where this layer is alone. A width that etp does not divide is padded with zeros, which
         compute zeros and get zero gradients.
         """
         self.rank, self.etp, self.group = rank, etp, group
         with torch.device("cpu"):  # planning tables are real even where the model is on meta
-            load_E, grid = torch.zeros(self.cfg.num_experts), Grid(edp, ep)
-            owner_E = self.cfg.placement.owners([load_E], grid, FREE)[0]
+            load_E = torch.zeros(self.cfg.num_experts)
+            if owner_E is None:
+                owner_E = self.cfg.placement.owners([load_E], grid, FREE)[0]
             self.placement = self.cfg.placement(load_E, owner_E, grid, FREE)
         self.width = -(-self.cfg.hidden // etp)
-        self.experts = Experts(len(self.placement.slots_of(rank)), dim=self.dim, hidden=self.width)
+        at, travels = self.placement, self.cfg.placement.travels
+        self.owned = (at.owner_E == rank).nonzero().flatten().tolist() if travels else at.slots_of(rank)
+        self.experts = Experts(len(self.owned), dim=self.dim, hidden=self.width)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         """(B, S, D) -> (B, S, D) and what the gate passes on."""

@@ -26,6 +26,16 @@ class AdamW:
         if self.leaves and all(dtypes[name] == p.dtype for name, p in moving.items()):
             self.fused = self._make_fused()
 
+    def replace(self, name: str, storage: Tensor) -> None:
+        """From now on the parameter lies in ``storage``; then call ``moved``."""
+        if name in self.leaves:
+            self.leaves[name] = nn.Parameter(storage)
+
+    def moved(self) -> None:
+        if self.fused is not None:
+            self.fused = self._make_fused()
+            self.set_steps(self.steps)
+
     def _make_fused(self) -> torch.optim.AdamW:
         cfg = self.cfg
         decayed = [p for name, p in self.leaves.items() if self.decays(name)]

@@ -82,7 +82,18 @@ class Muon:
         self.cfg, self.muon, self.group = cfg, cfg.muon, group
         dtypes = {n: p.dtype if cfg.state_dtype is None else cfg.state_dtype.torch for n, p in params.items()}
         self.momentum = {n: torch.zeros_like(p, dtype=dtypes[n]) for n, p in params.items()}
-        self.params = params = {n: p for n, p in params.items() if not cfg.frozen(n)}  # the frozen only have state
+        self.params = {n: p for n, p in params.items() if not cfg.frozen(n)}  # the frozen only have state
+        self.describe = describe
+        self.moved()
+
+    def replace(self, name: str, storage: Tensor) -> None:
+        """From now on the parameter lies in ``storage``; then call ``moved``."""
+        if name in self.params:
+            self.params[name] = storage
+
+    def moved(self) -> None:
+        """Deal the work out, by who holds what. Collective."""
+        params, describe = self.params, self.describe
         self.parts: dict[Piece, _Part] = {}
         self.batches: list[Batch] = []
         if not params:
@@ -93,9 +104,9 @@ class Muon:
                 self._hold(number, name, chunk, like.tensor)
         device = next(iter(params.values())).device
         self.batches = batches(
-            _tables(list(self.parts), group=group, device=device),
+            _tables(list(self.parts), group=self.group, device=device),
             [_in_four(describe(name, p).shape, 1) for name, p in params.items()],
-            rank=comm.rank(group), steps=self.muon.ns_steps, at_once=_AT_ONCE,
+            rank=comm.rank(self.group), steps=self.muon.ns_steps, at_once=_AT_ONCE,
         )  # fmt: skip
 
     def _hold(self, number: int, name: str, chunk: Chunk, like: Tensor) -> None:

@@ -62,6 +62,17 @@ class Optimizer:
         """exp_avg, exp_avg_sq, and momentum where there is one -> name -> local storage."""
         return self.adamw.averages | ({} if self.muon is None else {"momentum": self.muon.momentum})
 
+    def replace(self, name: str, storage: Tensor) -> None:
+        """From now on the parameter lies in ``storage``, its state in what ``state`` was given; then call ``moved``."""
+        part = self.muon if self.muon is not None and name in self.muon.momentum else self.adamw
+        part.replace(name, storage)
+
+    def moved(self) -> None:
+        """Every ``replace`` is done. Collective, like the making."""
+        self.adamw.moved()
+        if self.muon is not None:
+            self.muon.moved()
+
     def set_steps(self, steps: int) -> None:
         """How many updates the state has seen (Adam's bias correction), after a checkpoint was loaded into it."""
         self.adamw.set_steps(steps)

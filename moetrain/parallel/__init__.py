@@ -7,7 +7,8 @@
 
 Every parameter has one answer to "over which ranks is my gradient summed": its FSDP unit's axes, and where several
 ranks of tp hold the same elements, those (``plan.py``). Experts need no more: the all-to-all's backward has brought
-every token's gradient to them.
+every token's gradient to them. Experts that travel (``placing.py``) are no FSDP unit: each has one owner in the stage,
+to whom its replicas' gradients go.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.parallel import context, data, expert, pipeline, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
+from moetrain.parallel.placing import Mover
 from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
 
@@ -39,7 +41,7 @@ def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig, stages: P
     if rule := broken_rule(layout, shape(cfg, context)):
         raise UserError(rule)
     if cfg.moe_layers:
-        cfg.moe.dispatcher.check(ranks=layout.ep * layout.etp)
+        cfg.moe.dispatcher.check(ranks=cfg.moe.placement.span(expert.grid_of(layout)) * layout.etp)
     pipeline.stages(cfg, layout, stages)
 
 
@@ -50,6 +52,7 @@ class Parallel:
     model: Transformer
     plan: plan.Plan
     pipeline: pipeline.Pipeline | None  # None: one stage
+    mover: Mover | None  # None: experts stay where they are
 
 
 def parallelize(
@@ -66,23 +69,25 @@ def parallelize(
 
     Master weights are float32, or float64 where the model computes in that.
     """
-    master = torch.promote_types(dtype, torch.float32)
+    master, grid = torch.promote_types(dtype, torch.float32), expert.grid_of(mesh.layout)
     every, pp = pipeline.stages(cfg, mesh.layout, stages), mesh.layout.pp
     mine = every if pp == 1 else [every[s] for s in stages.stages_of(mesh.index("dense", "pp"), pp=pp)]
     with torch.device("meta"):
         model = Transformer(cfg, dtype=dtype, stages=tuple(mine)).to(master)
-        held = tensor.place(model, mesh) | expert.place(model, mesh, dtype=master)
+        held = tensor.place(model, mesh) | expert.place(model, mesh, grid, dtype=master)
     if cfg.tie_embeddings and pp > 1 and stages.rank_of(len(every) - 1, pp=pp) != 0:
         pipeline.tie(held, mesh)
     context.place(model, mesh, cfg=context_cfg)
     recompute.place(model, cfg=recompute_cfg)
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
-    held = {name: replace(h, **data.summed(name, mesh)) for name, h in held.items()}
+    held = {name: replace(h, **data.summed(name, model, mesh)) for name, h in held.items()}
     allocate(model, mesh.device)
-    if pp == 1:
-        return Parallel(model, held, None)
-    return Parallel(model, held, pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype))
+    mover = None
+    if cfg.moe_layers and cfg.moe.placement.travels:
+        mover = Mover(model, mesh, held, policy=cfg.moe.placement, grid=grid, sharding=sharding, dtype=dtype)
+    pipe = pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype) if pp > 1 else None
+    return Parallel(model, held, pipe, mover)
 
 
 def allocate(model: Transformer, device: torch.device) -> None:

@@ -46,7 +46,7 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
     )
     unsharded: set[nn.Parameter] = set()
     for layer in model.moe_layers():
-        if experts is None:
+        if experts is None or model.cfg.moe.placement.travels:
             unsharded |= set(layer.experts.parameters())
         else:
             fully_shard(
@@ -86,8 +86,10 @@ class _ReduceScatter(ReduceScatter):
         input_tensor.untyped_storage().resize_(0)
 
 
-def summed(name: str, mesh: Mesh) -> dict[str, str | int]:
+def summed(name: str, model: Transformer, mesh: Mesh) -> dict[str, str | int]:
     """What FSDP2 does with a parameter, in the words of its ``Held``: the axes it sums over, the copy of this rank."""
+    if ".moe.experts." in name and model.cfg.moe.placement.travels:
+        return {}
     view, axes = ("experts", "edp") if ".moe.experts." in name else ("fsdp", "dp*cp")
     sizes = views(mesh.layout)[view]
     many = sizes["replicate"] * sizes["shard"] > 1

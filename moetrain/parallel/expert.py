@@ -1,23 +1,44 @@
 """Expert and expert tensor parallelism: which ranks rows travel among, which experts and widths a rank owns."""
 
 import torch
+from torch.distributed import ProcessGroup
 
+from moetrain import world
+from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer
+from moetrain.model.transformer import ModelConfig, Transformer
+from moetrain.moe.placement.types import FREE, Grid
 from moetrain.parallel.plan import Held, Plan
 
 
-def place(model: Transformer, mesh: Mesh, *, dtype: torch.dtype) -> Plan:
+def place(model: Transformer, mesh: Mesh, grid: Grid, *, dtype: torch.dtype) -> Plan:
     """Put every MoE layer on its stage's edp x ep x etp grid, while the model is on meta."""
-    n, group = mesh.layout, mesh.group("moe", "ep", "etp")
+    n, layers, policy = mesh.layout, model.moe_layers(), model.cfg.moe.placement
     rank, part = mesh.index("moe", "edp", "ep"), mesh.index("moe", "etp")
+    group = rows_group(model.cfg, mesh, grid)
+    with torch.device("cpu"):
+        owners = policy.owners([torch.zeros(layer.cfg.num_experts) for layer in layers], grid, FREE)
     plan: Plan = {}
-    for layer in model.moe_layers():
-        layer.place(edp=n.edp, ep=n.ep, etp=n.etp, rank=rank, group=group)
+    for layer, owner_E in zip(layers, owners, strict=True):
+        layer.place(grid, etp=n.etp, rank=rank, group=group, owner_E=owner_E)
         layer.to(dtype)
-        moe, ids = layer.cfg, tuple(layer.placement.slots_of(rank))
+        moe, ids = layer.cfg, tuple(layer.owned)
         shapes = {"gate_up": (2, moe.hidden, model.cfg.dim), "down": (model.cfg.dim, moe.hidden)}
         for weight, shape in shapes.items():  # hidden is the dimension before last of one, the last of the other
-            held = Held((moe.num_experts, *shape), 2, part * layer.width, ids)
+            over = "edp*ep, from every replica to the owner" if policy.travels and grid.ranks > 1 else ""
+            held = Held((moe.num_experts, *shape), 2, part * layer.width, ids, over=over)
             plan[f"blocks.{layer.layer}.moe.experts.{weight}"] = held
     return plan
+
+
+def grid_of(layout: Layout) -> Grid:
+    """Of a solved layout; nodes are those of the launcher, where they hold whole runs of the grid."""
+    ranks, here = layout.edp * layout.ep, world.ranks_here() // layout.etp
+    return Grid(layout.edp, layout.ep, node=here if 0 < here < ranks and ranks % here == 0 else 0)
+
+
+def rows_group(cfg: ModelConfig, mesh: Mesh, grid: Grid) -> ProcessGroup | None:
+    """The ranks that rows travel among."""
+    span = cfg.moe.placement.span(grid)
+    axes = ("edp", "ep", "etp") if span == grid.ranks else ("ep", "etp") if span == grid.ep else ("etp",)
+    return mesh.group("moe", *axes)

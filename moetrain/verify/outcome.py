@@ -21,6 +21,7 @@ from moetrain.checkpoint.wire import Wire
 from moetrain.job import Config, batch_at
 from moetrain.logical import Chunk, Logical
 from moetrain.mesh import Mesh
+from moetrain.moe.placement.types import FREE
 from moetrain.moe.types import Balance
 from moetrain.train import Seen, StepResult, Trainer
 from moetrain.verify.tokens import synthetic
@@ -98,6 +99,11 @@ def _stir(trainer: Trainer) -> None:
         elif name.endswith("lagged_E"):
             for chunk in logical.chunks:
                 chunk.tensor.copy_(torch.arange(chunk.tensor.numel()) * 7 % 5)
+    if (mover := trainer.mover) is not None:  # owners by one load, replicas by another, as if they travelled for free
+        for x in (mover.settled_LE, mover.loads_WLE):
+            x.copy_((torch.arange(x.numel()) * (7 + x.dim()) % 5).view_as(x) ** 3 * 100)
+        mover.costs = FREE
+        mover.restore(trainer.steps, trainer.optimizer)
 
 
 def _terms(trainer: Trainer) -> list[str]:

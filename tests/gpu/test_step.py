@@ -35,7 +35,7 @@ def one_rank_group(device, tmp_path, monkeypatch):
 
     def with_group(cls, *args, **kwargs) -> Mesh:
         mesh = build(cls, *args, **kwargs)
-        mesh._groups[(0,)] = dist.group.WORLD
+        mesh._groups[(0,), ""] = dist.group.WORLD
         return mesh
 
     monkeypatch.setattr(Mesh, "build", classmethod(with_group))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.config import UserError, config
 from moetrain.moe.placement.cost import Bools, Floats, Ints, owned_rows, prefixes
-from moetrain.moe.placement.travelling import Travelling, place
+from moetrain.moe.placement.travelling import Following, place
 from moetrain.moe.placement.types import Costs, Grid, Placement, deal
 
 EQUAL = 1 + 1e-9
@@ -21,7 +21,7 @@ EQUAL = 1 + 1e-9
 
 
 @config(group="placement", name="fssdp")
-class FSSDP(Travelling):
+class FSSDP(Following):
     """``overlap`` experts of a layer travel at the most (null: those that pay); ``calibrate`` plans again in the step,
     once its load is known."""
 

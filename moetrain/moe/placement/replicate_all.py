@@ -4,15 +4,14 @@ import numpy as np
 from torch import Tensor
 
 from moetrain.config import config
-from moetrain.moe.placement.travelling import place
-from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
+from moetrain.moe.placement.travelling import Travelling, place
+from moetrain.moe.placement.types import Costs, Grid, Placement
 
 
 @config(group="placement", name="replicate_all")
-class ReplicateAll(PlacementPolicy):
-    @property
-    def travels(self) -> bool:
-        return True
+class ReplicateAll(Travelling):
+    def span(self, grid: Grid) -> int:
+        return 1
 
     def __call__(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> Placement:
         """The same whatever the load."""

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from moetrain.config import config
 from moetrain.moe.placement.cost import prefixes
-from moetrain.moe.placement.travelling import Travelling, place
+from moetrain.moe.placement.travelling import Following, place
 from moetrain.moe.placement.types import Costs, Grid, Placement
 
 
 @config(group="placement", name="shadow")
-class Shadow(Travelling):
+class Shadow(Following):
     """Experts stay with the owners that they start with."""
 
     def __call__(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> Placement:

@@ -1,23 +1,63 @@
 """What policies share whose experts travel: their fields, their slots, and the checks before the first step."""
 
 import math
+from dataclasses import field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.config import UserError, config
+from moetrain.logical import DTypeName
 from moetrain.moe.placement.cost import Bools, Ints
 from moetrain.moe.placement.types import Grid, Placement, PlacementPolicy
 
 GiB = 2**30
 
 
+class Wire(DTypeName):
+    """What replicas' gradients travel in; their owners sum them in the weights' dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @config
 class Travelling(PlacementPolicy):
+    """Gradients of replicas travel as ``wire``, null = as they come: what is computed in, where micro-batches have been
+    added up the weights' dtype."""
+
+    wire: Wire | None = None
+
+    @property
+    def travels(self) -> bool:
+        return True
+
+
+@config
+class PinnedCosts:
+    """See ``Costs``, microseconds; null = measured in the run's second step."""
+
+    row: float | None = None
+    hop: float | None = None
+    expert: float | None = None
+    hidden: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(
+                    f"model.moe.placement.costs.{name}={value}: microseconds have to be 0 or more and finite, null = "
+                    f"measured"
+                )
+
+
+@config
+class Following(Travelling):
     """Replicas follow the load, averaged over the last ``window`` steps, into ``memory`` GiB of a rank (null: any)."""
 
     window: int = 5
+    costs: PinnedCosts = field(default_factory=PinnedCosts)
     memory: float | None = None
 
     def __post_init__(self) -> None:
@@ -31,10 +71,6 @@ class Travelling(PlacementPolicy):
                 f"model.moe.placement.memory={self.memory}: the GiB that a rank may use for replicas have to be above "
                 f"0 and finite, null = any"
             )
-
-    @property
-    def travels(self) -> bool:
-        return True
 
 
 def place(holds_RE: Bools, owner_E: Ints, grid: Grid, *, span: int) -> Placement:
@@ -64,7 +100,7 @@ def check(grid: Grid, experts: list[int], policy: PlacementPolicy) -> None:
 
 def room(policy: PlacementPolicy, expert_bytes: int, layers: int) -> int | None:
     """Replicas of a layer that a rank has memory for where those of ``layers`` layers lie there at once; None: any."""
-    if not isinstance(policy, Travelling) or policy.memory is None:
+    if not isinstance(policy, Following) or policy.memory is None:
         return None
     replicas = int(policy.memory * GiB // (expert_bytes * layers))
     if replicas < 1:

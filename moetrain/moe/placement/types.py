@@ -129,6 +129,10 @@ class PlacementPolicy(ABC):
         """Whether experts travel: each has one owner among all ranks of the stage, where all of its state lies."""
         return False
 
+    def span(self, grid: Grid) -> int:
+        """How many consecutive ranks of the grid tokens travel among."""
+        return grid.ranks if self.travels else grid.ep
+
     def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
         """(E,) mean assignments a step of every expert, for each MoE layer of a stage -> (E,) int64 who owns each."""
         return deal([len(load_E) for load_E in loads], grid.ranks)

@@ -1,0 +1,228 @@
+"""Experts that travel, over the steps of a run: who holds which replicas next, and who owns whom from now on.
+
+    end of step s     its global load comes to the host; a thread plans the placements of step s + 2 from the mean load
+                      of the last ``window`` steps: planning is never waited for, nor is the device
+    begin of step s   every n steps owners change: weights and optimizer state move, in one all-to-all a layer and kind
+                      of state; then each layer is given its placement, and nothing is sent until a layer is computed
+
+What is decided from is global and saved, so that a resumed run decides the same: the loads of the last window + 1
+steps, and the mean load that owners were chosen by. No rank is in a checkpoint: owners follow from the load.
+"""
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from moetrain import comm
+from moetrain.logical import Chunk, Logical
+from moetrain.mesh import Mesh
+from moetrain.model.transformer import Stage, Transformer
+from moetrain.moe.layer import MoE
+from moetrain.moe.placement.fssdp import FSSDP
+from moetrain.moe.placement.travelling import Following, Travelling
+from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
+from moetrain.moe.travel import Replicas, Trip
+from moetrain.optim import Optimizer
+from moetrain.parallel.data import Accumulate, ShardingConfig
+from moetrain.parallel.plan import Plan
+
+_WEIGHTS = ("gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Placements of this rank's layers for one step, this rank's part in them, and what it took."""
+
+    placements: list[Placement]
+    trips: list[Trip]
+    seconds: float
+
+
+class Mover:
+    """One rank's. Every rank of a pipeline stage holds one and calls it alike; collective."""
+
+    def __init__(
+        self, model: Transformer, mesh: Mesh, plan: Plan, *, policy: PlacementPolicy, grid: Grid,
+        sharding: ShardingConfig, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """``model``: its experts are those that ``policy`` gives this rank while no load is known."""
+        self.model, self.plan, self.policy, self.grid = model, plan, policy, grid
+        self.costs: Costs | None = None  # until they are measured nobody travels
+        self.window = policy.window if isinstance(policy, Following) else 1
+        self.wire = policy.wire.torch if isinstance(policy, Travelling) and policy.wire else None
+        self.sharding, self.dtype, self.staged = sharding, dtype, mesh.layout.pp > 1
+        self.layers = model.moe_layers()
+        self.rank, self.group = mesh.index("moe", "edp", "ep"), mesh.group("moe", "edp", "ep", use="experts")
+        every = model.cfg.moe_configs
+        most = max(moe.num_choices for moe in every)
+        self.at = [model.cfg.moe_layers.index(layer.layer) for layer in self.layers]
+        self.sizes = [layer.cfg.num_experts for layer in self.layers]
+        pin = mesh.device.type == "cuda"
+        self.loads_WLE = torch.zeros(self.window + 1, len(every), most, dtype=torch.int64, pin_memory=pin)
+        self.settled_LE = torch.zeros(len(every), most, dtype=torch.int64)
+        self.owners = self._owners()
+        self.moved = 0  # experts that changed owners since the start of this life
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="placement")
+        self._planned: dict[int, Future[Planned]] = {}
+        self._copied: torch.cuda.Event | None = None
+        self.now: Planned | None = None
+        self._plan(0)
+        self._install(self._planned[0].result())
+
+    def begin_step(self, step: int, optimizer: Optimizer) -> None:
+        n = self.policy.reshard_every if isinstance(self.policy, FSSDP) else 0
+        if n and step and step % n == 0:
+            self._wait()
+            self.settled_LE = self._window(step - 1)
+            self._settle(optimizer)
+            self._planned.clear()
+        for ahead in (step, step + 1):
+            if ahead not in self._planned:  # the first steps, and where owners have changed
+                self._plan(ahead)
+        self._install(self._planned.pop(step).result())
+
+    def end_step(self, load_LE: Tensor, step: int) -> None:
+        """(L, E) int64: the step's global load of every MoE layer of the model."""
+        self.loads_WLE[step % len(self.loads_WLE)].copy_(load_LE, non_blocking=True)
+        if load_LE.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._plan(step + 2)
+
+    def finish(self) -> None:
+        """After a step's last backward: all gradients are where their experts are owned."""
+        for replicas in self._replicas():
+            replicas.finish()
+
+    def free(self) -> None:
+        """After forwards that no backward follows."""
+        for replicas in self._replicas():
+            replicas.free()
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Of a rank without a pipeline."""
+        for replicas in self._replicas():
+            replicas.last = last
+            replicas.reduces = last or self.sharding.accumulate is Accumulate.sharded
+
+    def reshard(self, stage: Stage) -> None:
+        """A backward of a stage of a pipeline has ended."""
+        for replicas in self._replicas(stage):
+            if not replicas.keep:
+                replicas.free()
+
+    def reduce(self, stage: Stage, last: bool) -> None:
+        """A micro-batch's gradients of a stage are whole; ``last``: of the step."""
+        for replicas in self._replicas(stage):
+            replicas.last, replicas.reduces = last, last or self.sharding.accumulate is Accumulate.sharded
+            replicas.end_backward()
+
+    def tensors(self) -> dict[str, Logical]:
+        """What is saved, alike on all ranks."""
+        self._wait()
+        found = {"placement.loads": self.loads_WLE, "placement.settled": self.settled_LE}
+        return {name: Logical(tuple(x.shape), x.dtype, (Chunk((0,) * x.dim(), x),)) for name, x in found.items()}
+
+    def restore(self, step: int, optimizer: Optimizer) -> None:
+        """After ``tensors`` were loaded in place, before ``step``: owners are those that they imply."""
+        self._settle(optimizer)
+        self._planned.clear()
+        self._plan(step)
+        self._install(self._planned[step].result())
+
+    def _owners(self) -> list[Tensor]:
+        loads = [self.settled_LE[i, :E].double() / self.window for i, E in zip(self.at, self.sizes, strict=True)]
+        return self.policy.owners(loads, self.grid, self.costs or FREE)
+
+    def _settle(self, optimizer: Optimizer) -> None:
+        owners = self._owners()
+        moved = [int((new != old).sum()) for new, old in zip(owners, self.owners, strict=True)]
+        for layer, old_E, new_E, some in zip(self.layers, self.owners, owners, moved, strict=True):
+            if some:
+                self._hand_over(layer, old_E, new_E, optimizer)
+        self.owners = owners
+        if any(moved):
+            self.moved += sum(moved)
+            optimizer.moved()
+
+    @torch.no_grad()
+    def _hand_over(self, layer: MoE, old_E: Tensor, new_E: Tensor, optimizer: Optimizer) -> None:
+        """Bring each expert's weights and optimizer state to its new owner, bit for bit."""
+        experts, ranks = layer.experts, range(self.grid.ranks)
+        mine, next_ = ((owner_E == self.rank).nonzero().flatten() for owner_E in (old_E, new_E))
+        out = [(new_E[mine] == r).nonzero().flatten() for r in ranks]
+        into = [(old_E[next_] == r).nonzero().flatten() for r in ranks]
+        send, recv = ([len(x) for x in some] for some in (out, into))
+        out_N, into_N = torch.cat(out), torch.cat(into)
+
+        def travelled(tensors: list[Tensor]) -> list[Tensor]:
+            rows = torch.cat([x[out_N.to(x.device)].flatten(1) for x in tensors], 1)
+            came = comm.all_to_all(rows, recv=recv, send=send, group=self.group)
+            found = torch.empty_like(came)
+            found[into_N.to(found.device)] = came
+            parts = found.split([math.prod(x.shape[1:]) for x in tensors], 1)
+            return [part.view(-1, *x.shape[1:]).contiguous() for part, x in zip(parts, tensors, strict=True)]
+
+        names = [f"blocks.{layer.layer}.moe.experts.{weight}" for weight in _WEIGHTS]
+        for weight, moved in zip(_WEIGHTS, travelled([getattr(experts, w).detach() for w in _WEIGHTS]), strict=True):
+            setattr(experts, weight, nn.Parameter(moved))
+        for states in optimizer.state().values():
+            if names[0] in states:
+                states.update(zip(names, travelled([states[name] for name in names]), strict=True))
+        for name, weight in zip(names, _WEIGHTS, strict=True):
+            self.plan[name] = replace(self.plan[name], ids=tuple(next_.tolist()))
+            optimizer.replace(name, getattr(experts, weight).detach())
+
+    def _plan(self, step: int) -> None:
+        """Begin to plan the placements of ``step``, from the loads up to two steps before it."""
+        owners, copied, costs = self.owners, self._copied, self.costs
+
+        def planned() -> Planned:
+            if copied is not None:
+                copied.synchronize()
+            since = time.perf_counter()
+            window_LE = self._window(step - 2).double() / self.window if costs else self.settled_LE * 0.0
+            placements = [
+                self.policy(window_LE[i, :E], owner_E, self.grid, costs or FREE)
+                for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
+            ]
+            trips = [Trip.of(placement, self.rank) for placement in placements]
+            return Planned(placements, trips, time.perf_counter() - since)
+
+        self._planned[step] = self._threads.submit(planned)
+
+    def _window(self, last: int) -> Tensor:
+        """(L, E) int64: the sum of the loads of the ``window`` steps up to ``last``."""
+        W = self.window
+        return sum((self.loads_WLE[s % (W + 1)] for s in range(last - W + 1, last + 1)), self.settled_LE * 0)
+
+    def _install(self, planned: Planned) -> None:
+        self.now, before = planned, dict[Stage, Replicas]()
+        for layer, placement, trip in zip(self.layers, planned.placements, planned.trips, strict=True):
+            experts, now = layer.experts, layer.experts.replicas
+            stage = next(stage for stage in self.model.stages if layer.layer in stage.layers)
+            layer.placement = placement
+            owned = (experts.gate_up, experts.down)
+            if not trip.travels and trip.owned:
+                experts.replicas = None
+            elif now is None or now.trip != trip or now.owned[0] is not owned[0]:
+                experts.replicas = Replicas(
+                    owned, trip, group=self.group, dtype=self.dtype, wire=self.wire, staged=self.staged,
+                    keep=self.sharding.experts == 2,
+                )  # fmt: skip
+            if experts.replicas is not None:
+                experts.replicas.before = before.get(stage)
+                before[stage] = experts.replicas
+
+    def _replicas(self, stage: Stage | None = None) -> list[Replicas]:
+        found = [x.experts.replicas for x in self.layers if stage is None or x.layer in stage.layers]
+        return [x for x in found if x is not None]
+
+    def _wait(self) -> None:
+        """Until every load is on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
