@@ -122,7 +122,10 @@ def batch_at(cfg: TrainConfig, consumed: int) -> int:
 def check(cfg: Config, *, world: int) -> Layout:
     """Everything that can be said from the numbers alone; returns the solved layout, raises ``UserError``."""
     layout = cfg.layout.solve(world, parallelism.shape(cfg.model, cfg.context))
-    parallelism.check(layout, cfg.model, context=cfg.context, stages=cfg.pipeline)
+    parallelism.check(
+        layout, cfg.model, context=cfg.context, stages=cfg.pipeline, sharding=cfg.sharding,
+        dtype=cfg.train.dtype.torch,
+    )  # fmt: skip
     parallelism.recompute.check(cfg.recompute, cfg.model)
     t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:

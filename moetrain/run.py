@@ -130,6 +130,9 @@ class _Loop:
         before, step = trainer.consumed, trainer.steps + 1
         logged = _due(step, self.cfg.logging.every) or step in (1, self.cfg.train.steps)
         result = trainer.step(watch=logged and self.health is not None)
+        if trainer.mover:
+            while trainer.mover.news:
+                self.log.info(trainer.mover.news.pop(0))
         if self.health:
             self.health.smooth(result.load_LE)
         tokens = (trainer.consumed - before) * self.cfg.train.seq_len

@@ -239,7 +239,10 @@ class Trainer:
             "moetrain": __version__, "torch": torch.__version__, "config": configs.dump(self.cfg),
         }  # fmt: skip
         folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
-        tensors = self.tensors() | (self.mover.tensors() if self.mover else {})
+        tensors = self.tensors()
+        if self.mover:
+            tensors |= self.mover.tensors()
+            meta["placement"] = self.mover.measured()
         checkpoint.save(folder, tensors, meta, group=self.world.host_group)
         if self.world.main and self.cfg.checkpoint.keep:
             checkpoint.prune(checkpoints(self.cfg), keep=self.cfg.checkpoint.keep)
@@ -260,4 +263,4 @@ class Trainer:
         self.steps, self.consumed = report.meta["step"], report.meta["consumed"]
         self.optimizer.set_steps(self.steps)
         if self.mover:
-            self.mover.restore(self.steps, self.optimizer)
+            self.mover.restore(self.steps, self.optimizer, measured=report.meta.get("placement"))

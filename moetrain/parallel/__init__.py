@@ -36,13 +36,25 @@ def shape(cfg: ModelConfig, context: ContextConfig) -> ModelShape:
     )  # fmt: skip
 
 
-def check(layout: Layout, cfg: ModelConfig, *, context: ContextConfig, stages: PipelineConfig) -> None:
+def check(
+    layout: Layout,
+    cfg: ModelConfig,
+    *,
+    context: ContextConfig,
+    stages: PipelineConfig,
+    sharding: ShardingConfig,
+    dtype: torch.dtype,
+) -> None:
     """Raise ``UserError`` for what a solved layout cannot do with this model, before any rank starts."""
     if rule := broken_rule(layout, shape(cfg, context)):
         raise UserError(rule)
-    if cfg.moe_layers:
-        cfg.moe.dispatcher.check(ranks=cfg.moe.placement.span(expert.grid_of(layout)) * layout.etp)
-    pipeline.stages(cfg, layout, stages)
+    every, sizes = pipeline.stages(cfg, layout, stages), dict(zip(cfg.moe_layers, cfg.moe_configs, strict=True))
+    for at in range(layout.pp):
+        mine = every if layout.pp == 1 else [every[s] for s in stages.stages_of(at, pp=layout.pp)]
+        experts = [sizes[i].num_experts for stage in mine for i in stage.layers if i in sizes]
+        grid = expert.grid_of(cfg, layout, experts=experts, sharding=sharding, dtype=dtype)
+        if experts:
+            cfg.moe.dispatcher.check(ranks=cfg.moe.placement.span(grid) * layout.etp)
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,13 @@ def parallelize(
 
     Master weights are float32, or float64 where the model computes in that.
     """
-    master, grid = torch.promote_types(dtype, torch.float32), expert.grid_of(mesh.layout)
+    master = torch.promote_types(dtype, torch.float32)
     every, pp = pipeline.stages(cfg, mesh.layout, stages), mesh.layout.pp
     mine = every if pp == 1 else [every[s] for s in stages.stages_of(mesh.index("dense", "pp"), pp=pp)]
     with torch.device("meta"):
         model = Transformer(cfg, dtype=dtype, stages=tuple(mine)).to(master)
+        experts = [layer.cfg.num_experts for layer in model.moe_layers()]
+        grid = expert.grid_of(cfg, mesh.layout, experts=experts, sharding=sharding, dtype=dtype)
         held = tensor.place(model, mesh) | expert.place(model, mesh, grid, dtype=master)
     if cfg.tie_embeddings and pp > 1 and stages.rank_of(len(every) - 1, pp=pp) != 0:
         pipeline.tie(held, mesh)

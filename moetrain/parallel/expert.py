@@ -7,7 +7,9 @@ from moetrain import world
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
+from moetrain.moe.placement import travelling
 from moetrain.moe.placement.types import FREE, Grid
+from moetrain.parallel.data import Accumulate, ShardingConfig
 from moetrain.parallel.plan import Held, Plan
 
 
@@ -15,7 +17,7 @@ def place(model: Transformer, mesh: Mesh, grid: Grid, *, dtype: torch.dtype) -> 
     """Put every MoE layer on its stage's edp x ep x etp grid, while the model is on meta."""
     n, layers, policy = mesh.layout, model.moe_layers(), model.cfg.moe.placement
     rank, part = mesh.index("moe", "edp", "ep"), mesh.index("moe", "etp")
-    group = rows_group(model.cfg, mesh, grid)
+    group = _rows_group(model.cfg, mesh, grid)
     with torch.device("cpu"):
         owners = policy.owners([torch.zeros(layer.cfg.num_experts) for layer in layers], grid, FREE)
     plan: Plan = {}
@@ -31,13 +33,23 @@ def place(model: Transformer, mesh: Mesh, grid: Grid, *, dtype: torch.dtype) -> 
     return plan
 
 
-def grid_of(layout: Layout) -> Grid:
-    """Of a solved layout; nodes are those of the launcher, where they hold whole runs of the grid."""
+def grid_of(
+    cfg: ModelConfig, layout: Layout, *, experts: list[int], sharding: ShardingConfig, dtype: torch.dtype
+) -> Grid:
+    """Of a solved layout and a rank with MoE layers of so many ``experts``; nodes are those of the launcher, where they
+    hold whole runs of the grid. Raises ``UserError`` for experts that cannot travel so."""
     ranks, here = layout.edp * layout.ep, world.ranks_here() // layout.etp
-    return Grid(layout.edp, layout.ep, node=here if 0 < here < ranks and ranks % here == 0 else 0)
+    weights = 3 * cfg.dim * -(-cfg.moe.hidden // layout.etp) * dtype.itemsize
+    layers = len(experts)
+    kept = layers if sharding.experts == 2 else min(2, layers)  # what is computed with, what is on its way
+    grads = layers if sharding.accumulate is Accumulate.local else min(1, layers)
+    room = travelling.room(cfg.moe.placement, weights * (kept + grads), layers) if layers else None
+    grid = Grid(layout.edp, layout.ep, node=here if 0 < here < ranks and ranks % here == 0 else 0, room=room)
+    travelling.check(grid, experts, cfg.moe.placement)
+    return grid
 
 
-def rows_group(cfg: ModelConfig, mesh: Mesh, grid: Grid) -> ProcessGroup | None:
+def _rows_group(cfg: ModelConfig, mesh: Mesh, grid: Grid) -> ProcessGroup | None:
     """The ranks that rows travel among."""
     span = cfg.moe.placement.span(grid)
     axes = ("edp", "ep", "etp") if span == grid.ranks else ("ep", "etp") if span == grid.ep else ("etp",)

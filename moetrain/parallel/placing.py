@@ -13,6 +13,7 @@ import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,12 @@ from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, Placement
 from moetrain.moe.travel import Replicas, Trip
 from moetrain.optim import Optimizer
 from moetrain.parallel.data import Accumulate, ShardingConfig
+from moetrain.parallel.measure import Stopwatch, costs
 from moetrain.parallel.plan import Plan
 
 _WEIGHTS = ("gate_up", "down")
+_MEASURED = 2
+"""The step of a life that costs are measured in: the first one warms up."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Mover:
         self.wire = policy.wire.torch if isinstance(policy, Travelling) and policy.wire else None
         self.sharding, self.dtype, self.staged = sharding, dtype, mesh.layout.pp > 1
         self.layers = model.moe_layers()
+        self._expert = 3 * model.cfg.dim * -(-model.cfg.moe.hidden // mesh.layout.etp)  # numbers of one, on one rank
         self.rank, self.group = mesh.index("moe", "edp", "ep"), mesh.group("moe", "edp", "ep", use="experts")
         every = model.cfg.moe_configs
         most = max(moe.num_choices for moe in every)
@@ -70,6 +75,14 @@ class Mover:
         self._planned: dict[int, Future[Planned]] = {}
         self._copied: torch.cuda.Event | None = None
         self.now: Planned | None = None
+        self.news: list[str] = []  # lines for the log
+        self._layout = str(mesh.layout)
+        self._pinned = vars(policy.costs) if isinstance(policy, Following) else {}
+        self._watch: Stopwatch | None = None
+        self._steps = 0  # of this life
+        self._every = mesh.group("moe", "pp", "edp", "ep", "etp")
+        if all(value is not None for value in self._pinned.values()):
+            self.costs = Costs(**self._pinned) if self._pinned else FREE
         self._plan(0)
         self._install(self._planned[0].result())
 
@@ -84,6 +97,9 @@ class Mover:
             if ahead not in self._planned:  # the first steps, and where owners have changed
                 self._plan(ahead)
         self._install(self._planned.pop(step).result())
+        self._steps += 1
+        if self.costs is None and self._steps == _MEASURED:
+            self._watch = Stopwatch(self.model)
 
     def end_step(self, load_LE: Tensor, step: int) -> None:
         """(L, E) int64: the step's global load of every MoE layer of the model."""
@@ -91,7 +107,27 @@ class Mover:
         if load_LE.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
+        if self._watch is not None:
+            self._measure(self._watch)
+            self._watch = None
         self._plan(step + 2)
+
+    def _measure(self, watch: Stopwatch) -> None:
+        watch.stop()
+        m, kept = len(self.layers[0].load_ME) if self.layers else 1, self.sharding.experts == 2
+        local = self.sharding.accumulate is Accumulate.local
+        found = costs(
+            watch, dim=self.model.cfg.dim, expert=self._expert, dtype=self.dtype, group=self.group, every=self._every,
+            gathers=1 if kept else 2 * m, reduces=1 if local else m,
+        )  # fmt: skip
+        self._know(found)
+        words = " ".join(
+            f"model.moe.placement.costs.{name}={value:g}" for name, value in vars(self.costs or found).items()
+        )
+        self.news.append(f"placements are planned by what was measured, to be pinned for the same bits again: {words}")
+
+    def _know(self, costs: Costs) -> None:
+        self.costs = Costs(**vars(costs) | {k: v for k, v in self._pinned.items() if v is not None})
 
     def finish(self) -> None:
         """After a step's last backward: all gradients are where their experts are owned."""
@@ -127,8 +163,17 @@ class Mover:
         found = {"placement.loads": self.loads_WLE, "placement.settled": self.settled_LE}
         return {name: Logical(tuple(x.shape), x.dtype, (Chunk((0,) * x.dim(), x),)) for name, x in found.items()}
 
-    def restore(self, step: int, optimizer: Optimizer) -> None:
-        """After ``tensors`` were loaded in place, before ``step``: owners are those that they imply."""
+    def measured(self) -> dict[str, Any]:
+        """The costs that placements are planned by, and the layout that they hold for."""
+        return {"layout": self._layout, "costs": None if self.costs is None else vars(self.costs)}
+
+    def restore(self, step: int, optimizer: Optimizer, *, measured: dict[str, Any] | None = None) -> None:
+        """After ``tensors`` were loaded in place, before ``step``: owners are those that they imply.
+
+        ``measured``: by the run that saved them; costs of the same layout are not measured again.
+        """
+        if self.costs is None and measured and measured["layout"] == self._layout and measured["costs"]:
+            self._know(Costs(**measured["costs"]))
         self._settle(optimizer)
         self._planned.clear()
         self._plan(step)
@@ -179,15 +224,15 @@ class Mover:
 
     def _plan(self, step: int) -> None:
         """Begin to plan the placements of ``step``, from the loads up to two steps before it."""
-        owners, copied, costs = self.owners, self._copied, self.costs
+        owners, copied, known = self.owners, self._copied, self.costs
 
         def planned() -> Planned:
             if copied is not None:
                 copied.synchronize()
             since = time.perf_counter()
-            window_LE = self._window(step - 2).double() / self.window if costs else self.settled_LE * 0.0
+            window_LE = self._window(step - 2).double() / self.window if known else self.settled_LE * 0.0
             placements = [
-                self.policy(window_LE[i, :E], owner_E, self.grid, costs or FREE)
+                self.policy(window_LE[i, :E], owner_E, self.grid, known or FREE)
                 for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
             ]
             trips = [Trip.of(placement, self.rank) for placement in placements]

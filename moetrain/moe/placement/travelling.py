@@ -98,16 +98,17 @@ def check(grid: Grid, experts: list[int], policy: PlacementPolicy) -> None:
         )
 
 
-def room(policy: PlacementPolicy, expert_bytes: int, layers: int) -> int | None:
-    """Replicas of a layer that a rank has memory for where those of ``layers`` layers lie there at once; None: any."""
+def room(policy: PlacementPolicy, one_each: int, layers: int) -> int | None:
+    """Replicas of a layer that a rank has memory for, where one in each of its layers takes ``one_each`` bytes; None:
+    any number."""
     if not isinstance(policy, Following) or policy.memory is None:
         return None
-    replicas = int(policy.memory * GiB // (expert_bytes * layers))
+    replicas = int(policy.memory * GiB // max(1, one_each))
     if replicas < 1:
         raise UserError(
-            f"model.moe.placement.memory={policy.memory}: one replica in each of {layers} layers takes "
-            f"{expert_bytes * layers / GiB:.3g} GiB ({expert_bytes / GiB:.3g} GiB an expert): give at least that much, "
-            f"null for any, or set placement=static"
+            f"model.moe.placement.memory={policy.memory}: one replica in each of a rank's {layers} MoE layers takes "
+            f"{one_each / GiB:.3g} GiB with its gradient: give at least that much, null for any, or set "
+            f"placement=static"
         )
     return replicas
 
