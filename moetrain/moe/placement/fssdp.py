@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from moetrain.config import UserError, config
-<<<<<<< HEAD
-from moetrain.moe.placement.cost import Bools, Floats, Ints, owned_rows, prefixes
-from moetrain.moe.placement.travelling import Following, place
-=======
 from moetrain.moe.placement.cost import Bools, Floats, Ints, everywhere, owned, replicated
-from moetrain.moe.placement.travelling import Travelling, place
->>>>>>> plan
+from moetrain.moe.placement.travelling import Following, place
 from moetrain.moe.placement.types import Costs, Grid, Placement, deal
 
 EQUAL = 1 + 1e-9

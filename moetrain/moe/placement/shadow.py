@@ -4,13 +4,8 @@ import numpy as np
 from torch import Tensor
 
 from moetrain.config import config
-<<<<<<< HEAD
-from moetrain.moe.placement.cost import prefixes
-from moetrain.moe.placement.travelling import Following, place
-=======
 from moetrain.moe.placement.cost import everywhere
-from moetrain.moe.placement.travelling import Travelling, place
->>>>>>> plan
+from moetrain.moe.placement.travelling import Following, place
 from moetrain.moe.placement.types import Costs, Grid, Placement
 
 
