@@ -96,7 +96,7 @@ class Replicas:
     last: bool = True  # whether that backward is the step's last
     staged: bool = False  # in a pipeline: its stages say when a backward has ended
     before: "Replicas | None" = None  # whose backward comes next
-    _here: bool = False
+    here: bool = False
     _work: dist.Work | None = None
     _sending: Tensor | None = None
     _arrived: int = 0
@@ -132,9 +132,9 @@ class Replicas:
 
     def start(self) -> None:
         """Begin the SparseAllGather, if the experts are not here. Collective."""
-        if self._here:
+        if self.here:
             return
-        self._here = True
+        self.here = True
         flat, k = self._flat, self.trip.owned
         flat.untyped_storage().resize_(flat.numel() * flat.itemsize)
         with torch.no_grad(), _same_version((flat, *self._leaves)):
@@ -162,10 +162,10 @@ class Replicas:
         return y
 
     def free(self) -> None:
-        if self._here:
+        if self.here:
             self._arrive()
             self._flat.untyped_storage().resize_(0)
-            self._here = False
+            self.here = False
 
     def end_backward(self) -> None:
         """A backward of this layer has ended, gradients included."""

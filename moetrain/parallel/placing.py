@@ -77,12 +77,12 @@ class Mover:
         self.now: Planned | None = None
         self.news: list[str] = []  # lines for the log
         self._layout = str(mesh.layout)
-        self._pinned = vars(policy.costs) if isinstance(policy, Following) else {}
+        self._pinned = policy.costs.values if isinstance(policy, Following) else {}
         self._watch: Stopwatch | None = None
         self._steps = 0  # of this life
         self._every = mesh.group("moe", "pp", "edp", "ep", "etp")
         if all(value is not None for value in self._pinned.values()):
-            self.costs = Costs(**self._pinned) if self._pinned else FREE
+            self._know(FREE)
         self._plan(0)
         self._install(self._planned[0].result())
 

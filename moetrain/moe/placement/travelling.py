@@ -1,7 +1,7 @@
 """What policies share whose experts travel: their fields, their slots, and the checks before the first step."""
 
 import math
-from dataclasses import field
+from dataclasses import field, fields
 
 import numpy as np
 import torch
@@ -43,8 +43,12 @@ class PinnedCosts:
     expert: float | None = None
     hidden: float | None = None
 
+    @property
+    def values(self) -> dict[str, float | None]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name, value in self.values.items():
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(
                     f"model.moe.placement.costs.{name}={value}: microseconds have to be 0 or more and finite, null = "
