@@ -165,6 +165,8 @@ class _Loop:
             records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
         if reading:
             records[-1]["health"] = reading.record()
+        if self.trainer.mover and self.trainer.mover.now:
+            records[-1]["planning_ms"] = round(1e3 * self.trainer.mover.now.seconds, 3)
         last = records[-1]
         self._check_finite(records, reading)
         if self.metrics:

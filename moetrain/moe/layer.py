@@ -80,7 +80,7 @@ class MoEConfig:
     @property
     def depends_on_layout(self) -> list[LayoutDependence]:
         """What of it is not the same run under every layout."""
-        found = [part.depends_on_layout for part in (self.dispatcher, *self.balance.values())]
+        found = [part.depends_on_layout for part in (self.placement, self.dispatcher, *self.balance.values())]
         return [x for x in found if x is not None]
 
     def check(self) -> None:

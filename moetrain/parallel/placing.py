@@ -232,13 +232,17 @@ class Mover:
             since = time.perf_counter()
             window_LE = self._window(step - 2).double() / self.window if known else self.settled_LE * 0.0
             placements = [
-                self.policy(window_LE[i, :E], owner_E, self.grid, known or FREE)
+                self.place(window_LE[i, :E], owner_E, known or FREE)
                 for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
             ]
             trips = [Trip.of(placement, self.rank) for placement in placements]
             return Planned(placements, trips, time.perf_counter() - since)
 
         self._planned[step] = self._threads.submit(planned)
+
+    def place(self, load_E: Tensor, owner_E: Tensor, costs: Costs) -> Placement:
+        """What the policy says. A dry run replaces this."""
+        return self.policy(load_E, owner_E, self.grid, costs)
 
     def _window(self, last: int) -> Tensor:
         """(L, E) int64: the sum of the loads of the ``window`` steps up to ``last``."""
@@ -260,6 +264,7 @@ class Mover:
                     keep=self.sharding.experts == 2,
                 )  # fmt: skip
             if experts.replicas is not None:
+                experts.replicas.sent = 0
                 experts.replicas.before = before.get(stage)
                 before[stage] = experts.replicas
 

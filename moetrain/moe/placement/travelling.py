@@ -11,6 +11,7 @@ from moetrain.config import UserError, config
 from moetrain.logical import DTypeName
 from moetrain.moe.placement.cost import Bools, Ints
 from moetrain.moe.placement.types import Grid, Placement, PlacementPolicy
+from moetrain.moe.types import LayoutDependence
 
 GiB = 2**30
 
@@ -18,7 +19,6 @@ GiB = 2**30
 class Wire(DTypeName):
     """What replicas' gradients travel in; their owners sum them in the weights' dtype."""
 
-    float32 = "float32"
     bfloat16 = "bfloat16"
 
 
@@ -32,6 +32,15 @@ class Travelling(PlacementPolicy):
     @property
     def travels(self) -> bool:
         return True
+
+    @property
+    def depends_on_layout(self) -> LayoutDependence | None:
+        if self.wire is None:
+            return None
+        return LayoutDependence(
+            "model.moe.placement.wire=bfloat16 rounds the gradients of replicas, of which each layout has others",
+            axes=("dp", "cp", "tp", "ep"), instead="model.moe.placement.wire=null",
+        )  # fmt: skip
 
 
 @config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import config
+from moetrain.moe.types import LayoutDependence
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class PlacementPolicy(ABC):
     def travels(self) -> bool:
         """Whether experts travel: each has one owner among all ranks of the stage, where all of its state lies."""
         return False
+
+    @property
+    def depends_on_layout(self) -> LayoutDependence | None:
+        return None
 
     def span(self, grid: Grid) -> int:
         """How many consecutive ranks of the grid tokens travel among."""
