@@ -162,7 +162,8 @@ class _Left:
 
     @property
     def on(self) -> bool:
-        return self.replicas.sums is not None or self.replicas.leaves[0].grad is not None
+        made = "leaves" in vars(self.replicas)
+        return self.replicas.sums is not None or (made and self.replicas.leaves[0].grad is not None)
 
     def turn(self, on: bool) -> None:
         replicas, low = self.replicas, self.replicas.dtype != self.replicas.owned[0].dtype

@@ -11,7 +11,7 @@ backward leaves gradients at them, which are reduced when the step says so, afte
 
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -102,7 +102,7 @@ class Replicas:
     _sending: Tensor | None = None
     _arrived: int = 0
     sums: list[Tensor] | None = None  # gradients of earlier micro-batches, where these are of a narrower dtype
-    _returning: list[_Returning] = field(default_factory=list)
+    _returning: _Returning | None = None
 
     @cached_property
     def _flat(self) -> Tensor:
@@ -185,7 +185,8 @@ class Replicas:
             self.sums = found if self.sums is None else [a.add_(b) for a, b in zip(self.sums, found, strict=True)]
 
     def reduce(self) -> None:
-        """Begin the SparseReduceScatter of all gradients so far. Collective."""
+        """Begin the SparseReduceScatter of all gradients so far, when those of an earlier micro-batch are there."""
+        self.finish()
         if self.sums is not None:
             self.add_up()
             found, self.sums = self.sums, None
@@ -200,20 +201,23 @@ class Replicas:
         if self.trip.travels:
             self.sent += away.nbytes
             work = comm.start_all_to_all(back, away, recv=self.trip.send, send=self.trip.recv, group=self.group)
-        self._returning.append(_Returning(own, back, work, away))
+        self._returning = _Returning(own, back, work, away)
+        if self.staged and not self.last:
+            self.finish()
 
     def finish(self) -> None:
         """Wait for what is on its way: afterwards the parameters have their gradients."""
-        for trip in self._returning:
-            if trip.work is not None:
-                trip.work.wait()
-            parts = self._views(trip.back.to(trip.own[0].dtype)) if trip.work is not None else []
+        trip, self._returning = self._returning, None
+        if trip is None:
+            return
+        if trip.work is not None:
+            trip.work.wait()
+            parts = self._views(trip.back.to(trip.own[0].dtype))
             for own, at in self.trip.rounds:
                 for g, part in zip(trip.own, parts, strict=True):
                     torch._foreach_add_([g[i] for i in own], [part[i] for i in at])  # pyright: ignore
-            for p, g in zip(self.owned, trip.own, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
-        self._returning.clear()
+        for p, g in zip(self.owned, trip.own, strict=True):
+            p.grad = g if p.grad is None else p.grad.add_(g)
 
     def _taken(self) -> list[Tensor]:
         grads = [leaf.grad for leaf in self.leaves]
