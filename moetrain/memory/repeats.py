@@ -162,8 +162,7 @@ class _Left:
 
     @property
     def on(self) -> bool:
-        made = "leaves" in vars(self.replicas)
-        return self.replicas.sums is not None or (made and self.replicas.leaves[0].grad is not None)
+        return self.replicas.waits
 
     def turn(self, on: bool) -> None:
         replicas, low = self.replicas, self.replicas.dtype != self.replicas.owned[0].dtype
