@@ -54,9 +54,7 @@ def main() -> None:
     for experts, ranks in SIZES:
         for room in (None, 2):
             print(planned(experts, Grid(edp=1, ep=ranks, node=NODE, room=room), repeats))
-    print(
-        "\n| experts x ranks | layers | experts owned | heap entries set up | sharding, ms | modelled time to deal's |"
-    )
+    print("\n| experts x ranks | layers | experts owned | heap entries | sharding, ms | time of 4 to deal's |")
     print("|---|---|---|---|---|---|")
     for experts, ranks in SIZES:
         for layers in LAYERS:
