@@ -1,0 +1,99 @@
+"""What policies share whose experts travel: their fields, their slots, and the checks before the first step."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.config import UserError, config
+from moetrain.moe.placement.cost import Bools, Ints
+from moetrain.moe.placement.types import Grid, Placement, PlacementPolicy
+
+GiB = 2**30
+
+
+@config
+class Travelling(PlacementPolicy):
+    """Replicas follow the load, averaged over the last ``window`` steps, into ``memory`` GiB of a rank (null: any)."""
+
+    window: int = 5
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UserError(
+                f"model.moe.placement.window={self.window}: replicas follow the load averaged over so many steps, "
+                f"use 1 or more"
+            )
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise UserError(
+                f"model.moe.placement.memory={self.memory}: the GiB that a rank may use for replicas have to be above "
+                f"0 and finite, null = any"
+            )
+
+    @property
+    def travels(self) -> bool:
+        return True
+
+
+def place(holds_RE: Bools, owner_E: Ints, grid: Grid, *, span: int) -> Placement:
+    """(R, E) who holds what -> the placement: a rank's own experts by id, then its replicas by (owner, id)."""
+    R, E = holds_RE.shape
+    slots_RS = np.full((R, int(holds_RE.sum(1).max())), -1)
+    own_RE = owner_E == np.arange(R)[:, None]
+    filled_R1 = np.zeros((R, 1), np.int64)
+    for take_RE, order_E in ((own_RE, np.arange(E)), (holds_RE & ~own_RE, owner_E.argsort(kind="stable"))):
+        take_RE = take_RE[:, order_E]
+        slot_RE = filled_R1 + take_RE.cumsum(1) - 1
+        rank_X, place_X = take_RE.nonzero()
+        slots_RS[rank_X, slot_RE[rank_X, place_X]] = order_E[place_X]
+        filled_R1 = filled_R1 + take_RE.sum(1, keepdims=True)
+    return Placement(torch.from_numpy(slots_RS), torch.from_numpy(owner_E), span=span, node=grid.node)
+
+
+def check(grid: Grid, experts: list[int], policy: PlacementPolicy) -> None:
+    """The experts of each MoE layer of a stage: where they travel, every rank has to own one."""
+    if policy.travels and 0 < sum(experts) < grid.ranks:
+        raise UserError(
+            f"the {sum(experts)} experts of a stage's {len(experts)} MoE layers are fewer than its edp*ep={grid.ranks} "
+            f"ranks, each of which owns at least one where experts travel: lower layout.dp, layout.cp or layout.tp, or "
+            f"set placement=static"
+        )
+
+
+def room(policy: PlacementPolicy, expert_bytes: int, layers: int) -> int | None:
+    """Replicas of a layer that a rank has memory for where those of ``layers`` layers lie there at once; None: any."""
+    if not isinstance(policy, Travelling) or policy.memory is None:
+        return None
+    replicas = int(policy.memory * GiB // (expert_bytes * layers))
+    if replicas < 1:
+        raise UserError(
+            f"model.moe.placement.memory={policy.memory}: one replica in each of {layers} layers takes "
+            f"{expert_bytes * layers / GiB:.3g} GiB ({expert_bytes / GiB:.3g} GiB an expert): give at least that much, "
+            f"null for any, or set placement=static"
+        )
+    return replicas
+
+
+def check_owners(owners: list[Tensor], experts: list[int], ranks: int) -> None:
+    """The owners (E,) of each MoE layer of a stage's experts: all there, on ranks that are there, in equal bytes."""
+    if len(owners) != len(experts):
+        raise UserError(f"the owner map has {len(owners)} MoE layers where the stage has {len(experts)}: give each")
+    for layer, (owner_E, E) in enumerate(zip(owners, experts, strict=True)):
+        missing = sorted({*range(E)} - {e for e, r in enumerate(owner_E.tolist()) if r >= 0})
+        if missing or len(owner_E) > E:
+            what = f"misses experts {missing}" if missing else f"names {len(owner_E)} experts"
+            raise UserError(f"the owner map of the stage's MoE layer {layer} {what} of {E}: give each expert one rank")
+        if wrong := [(e, r) for e, r in enumerate(owner_E.tolist()) if r >= ranks]:
+            raise UserError(
+                f"the owner map of the stage's MoE layer {layer} puts expert {wrong[0][0]} on rank {wrong[0][1]}, the "
+                f"stage has {ranks} (0 to {ranks - 1}): give one of those"
+            )
+    count_R = torch.bincount(torch.cat(owners), minlength=ranks) if owners else torch.zeros(ranks)
+    most, least = int(count_R.argmax()), int(count_R.argmin())
+    if count_R[most] - count_R[least] > 1:
+        raise UserError(
+            f"the owner map gives rank {most} {int(count_R[most])} experts and rank {least} {int(count_R[least])}: "
+            f"ranks own equal bytes, within one expert"
+        )
