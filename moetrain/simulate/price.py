@@ -1,9 +1,9 @@
 """The time of one MoE layer in one step, forward and backward, under a placement; and what a policy is told it costs.
 
-    attention   other_flops * tokens, three times (forward once, backward twice)
-    compute     rows of the fullest rank, likewise
-    tokens      four all-to-alls: to the experts and back, and the gradients of both
-    experts     gathered under attention's forward, their gradients summed under its backward; what does not fit under it
+attention   other_flops * tokens, three times (forward once, backward twice)
+compute     rows of the fullest rank, likewise
+tokens      four all-to-alls: to the experts and back, and the gradients of both
+experts     gathered under attention's forward, their gradients summed under its backward; what does not fit under it
 """
 
 from dataclasses import dataclass
@@ -51,17 +51,20 @@ class Layer:
         return 3 * 2 * self.expert_params / (cluster.peak * cluster.gemm * 1e6)
 
     def costs(self, cluster: Cluster, ranks: int) -> Costs:
-        """What a policy plans with: even traffic's price of a row, and that of an expert which goes to every rank."""
+        """What a policy plans with: the price of a row where all go to every rank alike, and of a copy of an expert where
+        each rank sends one of its own to all others (relayed: where one rank does)."""
         row, hidden = self.row_us(cluster), self.attention_us(cluster)
         if ranks == 1:
             return Costs(row=row, hop=0.0, expert=0.0, hidden=hidden)
         hop = 4 * cluster.links(torch.full((ranks, ranks), float(self.dim * self.act_bytes))) / (ranks - 1)
-        moved_R1 = torch.ones(ranks, 1, dtype=torch.bool)
-        moved_R1[0] = False
+        return Costs(row=row, hop=hop, expert=self.everywhere_us(cluster, ranks) / (ranks - 1), hidden=hidden)
+
+    def everywhere_us(self, cluster: Cluster, ranks: int) -> float:
+        """us for an expert of each rank, relayed of one rank, to go to all others, and for the gradients to come back."""
+        owner_E = torch.arange(1 if self.travel is Travel.relay else ranks)
+        moved_RE = torch.arange(ranks)[:, None] != owner_E
         parts = (self.weight_bytes * (1 + self.again), self.gradient_bytes)
-        owner_1 = torch.zeros(1, dtype=torch.int64)
-        expert = sum(_travel(self, cluster, moved_R1, owner_1, part * self.expert_params) for part in parts)
-        return Costs(row=row, hop=hop, expert=expert / (ranks - 1), hidden=hidden)
+        return sum(_travel(self, cluster, moved_RE, owner_E, part * self.expert_params) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import Travelling, check, room
-from moetrain.moe.placement.types import Grid, Placement, PlacementPolicy
+from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
 from moetrain.simulate.cluster import Cluster
-from moetrain.simulate.price import Layer, Price, price
+from moetrain.simulate.price import Layer, Price, Travel, price
 
 GiB = 2**30
 KNOWN = 2
@@ -91,6 +92,7 @@ def run(
         raise UserError("model.moe.placement.calibrate=true is not simulated: the plan is a step late; set it to false")
     grid = grid_of([x.shape[1] for x in loads], ranks=ranks, cluster=cluster, policy=policy, layer=layer)
     costs = layer.costs(cluster, ranks)
+    policy = _planning(policy, costs, layer, ranks)
     every, window = reshard_every(policy), _window(policy)
     rows = ranks * layer.rows
     num_steps, kept = len(loads[0]), {}
@@ -137,6 +139,14 @@ def reshard_every(policy: PlacementPolicy) -> int:
     return policy.reshard_every if isinstance(policy, FSSDP) else 0
 
 
+def _planning(policy: PlacementPolicy, costs: Costs, layer: Layer, ranks: int) -> PlacementPolicy:
+    """Policies count copies, and relayed ones cost less than their number: fssdp sends as many experts as are hidden under
+    attention, Hecate's overlap degree, unless it is told how many."""
+    if layer.travel is Travel.direct or not isinstance(policy, FSSDP) or policy.overlap is not None or ranks == 1:
+        return policy
+    return configs.replace(policy, overlap=int(costs.hidden // (costs.expert * (ranks - 1))))
+
+
 def _window(policy: PlacementPolicy) -> int:
     return policy.window if isinstance(policy, Travelling) else 0
 
@@ -157,7 +167,12 @@ def _spread(first: int, end: int, number: int) -> list[int]:
 
 def _same(old: Placement | None, new: Placement) -> Placement:
     """The old one, which knows its tables already, where they are equal."""
-    if old and old.span == new.span and torch.equal(old.slots_RS, new.slots_RS) and torch.equal(old.owner_E, new.owner_E):
+    if (
+        old
+        and old.span == new.span
+        and torch.equal(old.slots_RS, new.slots_RS)
+        and torch.equal(old.owner_E, new.owner_E)
+    ):
         return old
     return new
 

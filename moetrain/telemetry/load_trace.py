@@ -114,7 +114,9 @@ def _record(path: Path, number: int, line: str, experts: list[int], *, after: in
     assert isinstance(step, int)
     assert isinstance(load, list)
     if step <= after:
-        raise UserError(f"trace={path}, line {number}: step {step} after step {after}: record anew, in a folder of its own")
+        raise UserError(
+            f"trace={path}, line {number}: step {step} after step {after}: record anew, in a folder of its own"
+        )
     return step, load
 
 
