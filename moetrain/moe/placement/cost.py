@@ -1,11 +1,12 @@
-"""What a placement costs: the modelled time of one MoE layer in a step, and of many candidate placements at once.
+"""What a placement costs: the modelled time of one MoE layer in a step; for planners, of candidates.
 
     time = row * max_r rows_r + hop * max_r max(away_r, arrived_r)
            + max(0, expert * max_r max(sent_r, received_r) - hidden)
 
 rows_r: assignments that rank r computes; away_r and arrived_r: those that it sends to, and gets from, other ranks;
 sent_r and received_r: experts likewise, each copy counted. Every rank routes load_e / R assignments to expert e. Other
-letters: C candidates, H experts that may travel, in the order in which they are taken.
+letters: C candidates; H experts that may travel, in the order in which they are taken; X holders of those; N nodes,
+F (expert, node) pairs without a holder.
 """
 
 from dataclasses import dataclass
@@ -64,70 +65,78 @@ def modelled(placement: Placement, load_E: Tensor, costs: Costs, *, travels: boo
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The first c of a list of experts hold what the list gives them, the others stay at their owners: c = 0 .. H."""
+class Prefixes:
+    """The first c of a list of experts on every rank, the others at their owners: c = 0 .. H."""
 
     time_C: Floats
-    replicas_C: Ints
-    fits_C: Bools  # into the room that ranks have
+    received_C: Ints  # replicas of the rank that has the most
 
 
-def prefixes(
-    order_H: Ints, holds_HR: Bools, load_E: Floats, owner_E: Ints, costs: Costs, *, node: int, room: int | None
-) -> Candidates:
-    """Every prefix of a list of experts and of who would hold them, the owner always among those."""
-    (H, R), owner_H, share_H1 = holds_HR.shape, owner_E[order_H], load_E[order_H, None] / holds_HR.shape[1]
-    at = (np.arange(H), owner_H)
-    more_HR = share_H1 * arrivals(holds_HR, node)
-    more_HR[at] -= load_E[order_H]
-    rows_CR = _after(owned_rows(load_E, owner_E, R), more_HR)
-    copies_HR = holds_HR.astype(np.int32)
-    copies_HR[at] = 0
-    stay_CR = _after(owned_rows(load_E, owner_E, R) / R, share_H1 * copies_HR)
-    received_CR = _after(np.zeros(R, np.int32), copies_HR)
-    copies_H = copies_HR.sum(1)
-    sent_HR = np.zeros((H, R), np.int32)
-    sent_HR[at] = copies_H
-    received_C = received_CR.max(1)
-    away_C = load_E.sum() / R - stay_CR.min(1)
-    hops_C = np.maximum(np.maximum(away_C, (rows_CR - stay_CR).max(1)), 0)
-    moved_C = np.maximum(received_C, _after(np.zeros(R, np.int32), sent_HR).max(1))
+def everywhere(order_H: Ints, load_E: Floats, owner_E: Ints, costs: Costs, ranks: int) -> Prefixes:
+    """What each prefix of a list of experts costs that every rank holds."""
+    H, R = len(order_H), ranks
+    at = (np.arange(1, H + 1), owner_E[order_H])
+    owned_CR, hot_CR = np.zeros((H + 1, R)), np.zeros((H + 1, R), np.int32)
+    owned_CR[0] = owned(load_E, owner_E, R)
+    owned_CR[at] = -load_E[order_H]
+    hot_CR[at] = 1
+    owned_CR, hot_CR = owned_CR.cumsum(0), hot_CR.cumsum(0)
+    most_C, left_C = owned_CR.max(1), load_E.sum() - np.append(0, load_E[order_H]).cumsum()
+    hops_C = np.maximum(left_C - owned_CR.min(1), (R - 1) * most_C) / R
+    received_C = np.arange(H + 1) - hot_CR.min(1)
+    moved_C = np.maximum(received_C, (R - 1) * hot_CR.max(1))
+    rows_C = most_C + (load_E.sum() - left_C) / R
     travel_C = np.maximum(costs.expert * moved_C - costs.hidden, 0)
-    return Candidates(
-        time_C=costs.row * rows_CR.max(1) + costs.hop * hops_C + travel_C,
-        replicas_C=np.concatenate([[0], copies_H.cumsum()]),
-        fits_C=received_C <= R * H if room is None else received_C <= room,
-    )
+    return Prefixes(costs.row * rows_C + costs.hop * np.maximum(hops_C, 0) + travel_C, received_C)
 
 
-def owned_rows(load_E: Floats, owner_E: Ints, ranks: int) -> Floats:
-    """(R,) rows of each rank where nothing travels."""
-    return np.bincount(owner_E, load_E, ranks).astype(np.float64)
+def replicated(
+    order_H: Ints, holds_HR: Bools, load_E: Floats, owner_E: Ints, costs: Costs, node: int
+) -> tuple[float, int]:
+    """The time where some experts are held as ``holds_HR`` says, the others by their owners; and how many replicas.
+
+    Of ``Placement.peer_RE`` it needs no more than how often a holder comes up, which is counted, not listed.
+    """
+    (H, R), owner_H, share_H = holds_HR.shape, owner_E[order_H], load_E[order_H] / holds_HR.shape[1]
+    expert_X, rank_X = holds_HR.nonzero()
+    at_home_R = owned(load_E, owner_E, R) - owned(load_E[order_H], owner_H, R)
+    rows_R = at_home_R + np.bincount(rank_X, share_H[expert_X] * arrivals(holds_HR, node), R)
+    stay_R = at_home_R / R + np.bincount(rank_X, share_H[expert_X], R)
+    hops = max(float((load_E.sum() / R - stay_R).max()), float((rows_R - stay_R).max()), 0.0)
+    received_R = np.bincount(rank_X, minlength=R) - np.bincount(owner_H, minlength=R)
+    sent_R = np.bincount(owner_H, holds_HR.sum(1) - 1, R)
+    travel = costs.expert * max(int(received_R.max()), int(sent_R.max())) - costs.hidden
+    return costs.row * float(rows_R.max()) + costs.hop * hops + max(0.0, travel), len(rank_X) - H
 
 
 def arrivals(holds_HR: Bools, node: int) -> Ints:
-    """(H, R) -> (H, R): from how many ranks each rank gets an expert's tokens, itself included: ``Placement.peer_RE``'s
-    rule, where tokens travel among all R."""
+    """(X,) for each holder, expert by expert: from how many ranks it gets tokens, itself included.
+
+    Holder i of the j in a node gets those of (node - 1 - i) // j others there. A node without one comes up with its
+    ranks in a row: ``node`` turns among all c holders, which start at the number of ranks before it that hold none.
+    """
     H, R = holds_HR.shape
-    if holds_HR.all():
-        return np.ones((H, R), np.int64)
-    peer_HR = _in_turn(holds_HR)
-    if node and node < R:
-        near_HR = _in_turn(holds_HR.reshape(-1, node)).reshape(H, R)
-        first_R = np.arange(R) // node * node
-        peer_HR = np.where(near_HR < 0, peer_HR, near_HR + first_R)
-    peer_HR = np.where(holds_HR, np.arange(R), peer_HR)
-    return np.bincount((peer_HR + np.arange(H)[:, None] * R).ravel(), minlength=H * R).reshape(H, R)
+    node = min(node or R, R)
+    expert_X, rank_X = holds_HR.nonzero()
+    held_HN = holds_HR.reshape(H, -1, node).sum(2)
+    before_HN = held_HN.cumsum(1) - held_HN
+    count_H = held_HN.sum(1)
+    first_H = count_H.cumsum() - count_H
+    node_X = rank_X // node
+    place_X = np.arange(len(rank_X)) - first_H[expert_X] - before_HN[expert_X, node_X]
+    near_X = (node - 1 - place_X) // held_HN[expert_X, node_X]
+
+    expert_F, node_F = (held_HN == 0).nonzero()
+    count_F, first_F = count_H[expert_F], first_H[expert_F]
+    rounds_H = np.bincount(expert_F, node // count_F, H).astype(np.int64)
+    start_F = (node_F * node - before_HN[expert_F, node_F]) % count_F
+    end_F = start_F + node % count_F
+    over_F = np.maximum(end_F - count_F, 0)
+    begins = np.bincount(np.concatenate([first_F + start_F, first_F]), minlength=len(rank_X) + 1)
+    ends = np.bincount(np.concatenate([first_F + end_F - over_F, first_F + over_F]), minlength=len(rank_X) + 1)
+    return 1 + near_X + rounds_H[expert_X] + (begins - ends).cumsum()[:-1]
 
 
-def _in_turn(holds_GR: Bools) -> Ints:
-    """(G, R): the holder of its row that each place which is none of them takes, -1 = no holder; holders: any."""
-    count_G1 = holds_GR.sum(1, keepdims=True)
-    turn_GR = np.maximum(np.cumsum(~holds_GR, 1) - 1, 0) % np.maximum(count_G1, 1)
-    holder_X = np.append(holds_GR.nonzero()[1], 0)
-    first_G1 = (np.cumsum(count_G1) - count_G1[:, 0])[:, None]
-    return np.where(count_G1 > 0, holder_X[first_G1 + turn_GR], -1)
-
-
-def _after(start_R: NDArray, more_HR: NDArray) -> NDArray:
-    return np.concatenate([start_R[None], more_HR]).cumsum(0)
+def owned(load_E: Floats, owner_E: Ints, ranks: int) -> Floats:
+    """(R,) rows of the experts that each rank owns."""
+    return np.bincount(owner_E, load_E, ranks).astype(np.float64)

@@ -6,18 +6,30 @@ sharding, Algorithm 2). R ranks, E experts of a layer, H those that may travel, 
 """
 
 import heapq
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.config import UserError, config
-from moetrain.moe.placement.cost import Bools, Floats, Ints, owned_rows, prefixes
+from moetrain.moe.placement.cost import Bools, Floats, Ints, everywhere, owned, replicated
 from moetrain.moe.placement.travelling import Travelling, place
 from moetrain.moe.placement.types import Costs, Grid, Placement, deal
 
 EQUAL = 1 + 1e-9
 """Times that differ by less are one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who holds the experts of a list; what the layer then costs."""
+
+    time: float  # us
+    replicas: int
+    order_H: Ints
+    holds_HR: Bools
 
 
 @config(group="placement", name="fssdp")
@@ -45,22 +57,21 @@ class FSSDP(Travelling):
     def __call__(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> Placement:
         """The least modelled time (``placement/cost.py``) of the candidates, of equal ones the fewest replicas.
 
-        Candidates are the k hottest experts on every rank, k = 0 .. E; and where memory is short, replicas in
-        proportion to load, again the k hottest experts' only. The paper stops at the t experts that travel hidden
-        under other work; here whatever the model says pays, so that it chooses among more, never among fewer.
+        Candidates are the k hottest experts on every rank, k = 0 .. E; and as many replicas of each expert as bring its
+        rows on a rank down to a share, for a range of shares. The paper has the t experts on every rank that travel
+        hidden under other work, or replicas in proportion to load if memory is short: both are among them.
         """
         load, owner, R = load_E.double().numpy(), owner_E.numpy(), grid.ranks
         order_H = (-load).argsort(kind="stable")[: self.overlap]
-        lists = [np.ones((len(order_H), R), bool)]
-        if grid.room is not None and grid.room < len(load):
-            lists.append(_in_proportion(order_H, load, owner, grid))
-        found = [prefixes(order_H, holds_HR, load, owner, costs, node=grid.node, room=grid.room) for holds_HR in lists]
-        time_LC = np.stack([np.where(c.fits_C, c.time_C, np.inf) for c in found])
-        replicas_LC = np.stack([c.replicas_C for c in found])
-        best, k = divmod(int(np.where(time_LC <= time_LC.min() * EQUAL, replicas_LC, R * R * len(load)).argmin()),
-                         time_LC.shape[1])  # fmt: skip
+        found = everywhere(order_H, load, owner, costs, R)
+        time_C = found.time_C[: int((found.received_C <= _room(grid, len(load))).sum())]  # they never get fewer
+        k = int((time_C <= time_C.min() * EQUAL).argmax())
+        plans = [Plan(float(time_C[k]), k * (R - 1), order_H[:k], np.ones((k, R), bool))]
+        plans += _shares(order_H, load, owner, grid, costs, beat=plans[0].time)
+        least = min(plan.time for plan in plans)
+        best = min((plan for plan in plans if plan.time <= least * EQUAL), key=lambda plan: plan.replicas)
         holds_RE = owner == np.arange(R)[:, None]
-        holds_RE[:, order_H[:k]] = lists[best][:k].T
+        holds_RE[:, best.order_H] = best.holds_HR.T
         return place(holds_RE, owner, grid, span=R)
 
     def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
@@ -84,46 +95,95 @@ class FSSDP(Travelling):
         return min((n for n in (self.overlap, hidden, grid.room) if n is not None), default=None)
 
 
-def _in_proportion(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid) -> Bools:
-    """(H, R): as many replicas as there is room for, to each expert in proportion to its load, the hottest first, each
-    on the node that has the fewest of the expert and, of those, on the rank with the fewest rows."""
+def _room(grid: Grid, experts: int) -> int:
+    return experts if grid.room is None else grid.room
+
+
+def _shares(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid, costs: Costs, *, beat: float) -> list[Plan]:
+    """Plans by how many rows of one expert a rank should have at the most: the hottest expert's halved, quartered, ..
+    down to an eighth of a rank's even part; then round the best of these, in steps of down to an eighth of an octave.
+
+    A share whose replicas alone take longer than ``beat`` or a plan before it ends the halving, and one that fills the
+    room: even smaller ones have more replicas.
+    """
+    H, R, even = len(order_H), grid.ranks, float(load_E.sum()) / grid.ranks
+    if R == 1 or not H or not even:
+        return []
+    load_H, owner_H, slots = load_E[order_H], owner_E[order_H], R * _room(grid, H)
+    own_R = owned(load_E, owner_E, R)
+    plans: dict[float, Plan] = {}
+
+    def halved(times: float) -> bool:
+        copies_H = _copies(load_H, float(load_H[0]) / 2**times, grid)
+        moved = max(math.ceil(copies_H.sum() / R), int(np.bincount(owner_H, copies_H).max()))
+        fits = int(copies_H.sum()) <= slots
+        at_least = costs.row * even + costs.expert * moved - costs.hidden
+        if fits and at_least > min([beat, *(plan.time for plan in plans.values())]):
+            return False
+        h = int((copies_H > 0).sum())
+        holds_HR = _spread(copies_H[:h], load_H[:h], owner_H[:h], own_R, grid)
+        time, replicas = replicated(order_H[:h], holds_HR, load_E, owner_E, costs, grid.node)
+        plans[times] = Plan(time, replicas, order_H[:h], holds_HR)
+        return fits
+
+    octaves = max(1, math.ceil(math.log2(8 * load_H[0] / even)))
+    for octave in range(1, octaves + 1):
+        if not halved(float(octave)):
+            break
+    for step in (0.5, 0.25, 0.125) if plans else ():
+        best = min(plans, key=lambda times: (plans[times].time, times))
+        halved(best - step)
+        halved(best + step)
+    return list(plans.values())
+
+
+def _copies(load_H: Floats, share: float, grid: Grid) -> Ints:
+    """(H,) replicas that bring each expert's rows on a rank down to ``share``; more than one a node: as many on each,
+    as tokens stay in their node."""
     R = grid.ranks
-    room = len(load_E) if grid.room is None else grid.room
-    load_H, owner_H = load_E[order_H], owner_E[order_H]
-    copies_H = np.minimum(np.ceil(load_H / max(load_H.sum(), 1e-300) * R * room), R - 1).astype(np.int64)
-    return spread(copies_H, load_H, owner_H, owned_rows(load_E, owner_E, R), grid)
+    nodes = R // min(grid.node or R, R)
+    holders_H = np.ceil(load_H / share * (1 - 1e-12))
+    if nodes > 1:
+        holders_H = np.where(holders_H > nodes, np.ceil(holders_H / nodes) * nodes, holders_H)
+    return np.clip(holders_H, 1, R).astype(np.int64) - 1
 
 
-def spread(copies_H: Ints, load_H: Floats, owner_H: Ints, rows_R: Floats, grid: Grid) -> Bools:
-    """(H, R) who holds each expert: its owner and ``copies_H`` more, as far as there is room."""
+def _spread(copies_H: Ints, load_H: Floats, owner_H: Ints, rows_R: Floats, grid: Grid) -> Bools:
+    """(H, R) who holds each expert: its owner and ``copies_H`` more as far as there is room, the hottest first, each on
+    a node that has the fewest of the expert and, of those, on the rank with the fewest rows."""
     H, R = len(copies_H), grid.ranks
     node = min(grid.node or R, R)
-    free_R = np.full(R, H if grid.room is None else grid.room)
+    free_R = np.full(R, _room(grid, H))
     share_H = load_H / (1 + copies_H)
     rows_R = rows_R - np.bincount(owner_H, load_H - share_H, R)
     holds_HR = np.zeros((H, R), bool)
     holds_HR[np.arange(H), owner_H] = True
-    for h in range(H):
-        if not copies_H[h]:
-            continue
-        open_R = (free_R > 0) & ~holds_HR[h]
-        order_R = np.where(open_R, rows_R, np.inf).argsort(kind="stable")[: open_R.sum()]
-        if node < R:
-            order_R = order_R[_round(order_R // node, int(owner_H[h]) // node).argsort(kind="stable")]
-        chosen_R = order_R[: copies_H[h]]
-        holds_HR[h, chosen_R] = True
-        free_R[chosen_R] -= 1
-        rows_R[chosen_R] += share_H[h]
+    for h, (copies, home) in enumerate(zip(copies_H.tolist(), owner_H.tolist(), strict=True)):
+        rows_NR = np.where(free_R > 0, rows_R, np.inf).reshape(-1, node)
+        rows_NR[home // node, home % node] = np.inf
+        order_X = _fewest(rows_NR, home // node, copies)
+        chosen_X = order_X[rows_NR.ravel()[order_X] < np.inf]
+        holds_HR[h, chosen_X] = True
+        free_R[chosen_X] -= 1
+        rows_R[chosen_X] += share_H[h]
     return holds_HR
 
 
-def _round(node_X: Ints, taken: int) -> Ints:
-    """(X,) the node of each place -> how many places of its node come before it; ``taken`` has one already."""
-    order_X = node_X.argsort(kind="stable")
-    sorted_X = node_X[order_X]
-    round_X = np.empty_like(node_X)
-    round_X[order_X] = np.arange(len(node_X)) - np.searchsorted(sorted_X, sorted_X)
-    return round_X + (node_X == taken)
+def _fewest(rows_NR: Floats, home: int, count: int) -> Ints:
+    """Ranks with the fewest rows, one of each node before a second of any; node ``home`` has one already."""
+    N, node = rows_NR.shape
+    if N == 1:
+        return rows_NR[0].argsort(kind="stable")[:count]
+    if count < N:
+        rank_N = rows_NR.argmin(1)
+        rows_N = rows_NR[np.arange(N), rank_N]
+        rows_N[home] = np.inf
+        node_X = rows_N.argsort(kind="stable")[: min(count, N - 1)]
+        return node_X * node + rank_N[node_X]
+    each_N = np.full(N, (count + 1) // N)
+    each_N[home] -= 1
+    order_NR = rows_NR.argsort(1, kind="stable") + np.arange(N)[:, None] * node
+    return order_NR[np.arange(node) < each_N[:, None]]
 
 
 def _least_loaded(load_LE: list[Floats], cold_LX: list[Ints], grid: Grid) -> list[Ints]:

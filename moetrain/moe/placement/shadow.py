@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from moetrain.config import config
-from moetrain.moe.placement.cost import prefixes
+from moetrain.moe.placement.cost import everywhere
 from moetrain.moe.placement.travelling import Travelling, place
 from moetrain.moe.placement.types import Costs, Grid, Placement
 
@@ -17,9 +17,9 @@ class Shadow(Travelling):
         """In descending load, equal ones by id; the first that does not pay, or has no room, ends the list."""
         load, owner, R = load_E.double().numpy(), owner_E.numpy(), grid.ranks
         order_H = (-load).argsort(kind="stable")
-        everywhere = np.ones((len(load), R), bool)
-        found = prefixes(order_H, everywhere, load, owner, costs, node=grid.node, room=grid.room)
-        pays_H = found.fits_C[1:] & (found.time_C[1:] < found.time_C[:-1] * (1 - 1e-9))
+        found = everywhere(order_H, load, owner, costs, R)
+        fits_C = found.received_C <= (len(load) if grid.room is None else grid.room)
+        pays_H = fits_C[1:] & (found.time_C[1:] < found.time_C[:-1] * (1 - 1e-9))
         taken = len(load) if pays_H.all() else int(pays_H.argmin())
         holds_RE = owner == np.arange(R)[:, None]
         holds_RE[:, order_H[:taken]] = True
