@@ -14,6 +14,7 @@ from moetrain.cli.compose import compose, folder
 from moetrain.config import OPTIONS, UserError, config, nearest
 from moetrain.job import Config
 from moetrain.model.flops import layer_flops, size
+from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.types import PlacementPolicy
 from moetrain.simulate.cluster import Cluster
 from moetrain.simulate.loads import TRACES, Zipf, recorded
@@ -23,8 +24,8 @@ from moetrain.simulate.runs import Outcome, Sample, priced, run
 _USAGE = """\
 usage: moetrain fssdp-sim [trace=T] [cluster=C] [ranks=[N,...]] [key=value ...] [--json]
 
-The time of an MoE layer, the bytes that move and the memory of a rank under every placement policy, for as many ranks as
-there are in no room: policies plan as in a run, one step late, and what comes of it is priced. No GPU, no ranks.
+The time of an MoE layer, the bytes that move and the memory of a rank under every placement policy, on clusters that
+are not here: policies plan as in a run, one step late, and what comes of it is priced. No GPU, no ranks.
 
   what it works on
     trace=PATH      loads.jsonl, or the folder of a run that had logging.load_trace=true
@@ -159,7 +160,7 @@ def _cluster(own: dict[str, Any]) -> tuple[str, Cluster]:
     elif not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(
-            f"cluster={name}: no such cluster{nearest(name, known)} (there are: {', '.join(known)}; or name a YAML file)"
+            f"cluster={name}: no such cluster{nearest(name, known)} (there are: {', '.join(known)}; or a YAML file)"
         )
     try:
         data = yaml.safe_load(path.read_text())
@@ -191,6 +192,8 @@ def _policies(value: Any, cfg: Config) -> dict[str, PlacementPolicy]:
     for name in names:
         if name not in known:
             raise UserError(f"policies={name}: no such policy{nearest(name, known)} (there are: {', '.join(known)})")
+    if isinstance(own, FSSDP) and own.calibrate:
+        raise UserError("model.moe.placement.calibrate=true is not simulated: plans are a step late; set it to false")
     return {name: own if type(own) is known[name] else known[name]() for name in ["static", *names]}
 
 
@@ -256,7 +259,7 @@ def _table(found: list[Outcome], refused: list[str], cluster: Cluster) -> list[s
         "exp MB", "own GiB", "repl GiB", "load", "worst", "repl",
     )  # fmt: skip
     static = found[0]
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for o in found:
         numbers = (
             o.moe,
@@ -279,7 +282,7 @@ def _table(found: list[Outcome], refused: list[str], cluster: Cluster) -> list[s
     ]
     lines += ["  ".join(f"{x:{'<' if i == 0 else '>'}{widths[i]}}" for i, x in enumerate(row)) for row in rows]
     lines += [
-        f"{o.policy} does not fit: {o.owned_gib + o.replicas_gib:.1f} GiB of experts alone, a rank has {cluster.memory:g}"
+        f"{o.policy} does not fit: {o.owned_gib + o.replicas_gib:.1f} GiB of experts, a rank has {cluster.memory:g}"
         for o in found
         if o.owned_gib + o.replicas_gib > cluster.memory
     ]
@@ -292,7 +295,8 @@ def _data(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything, times in ms, bytes as they are."""
     return {
-        "trace": trace, "cluster": configs.dump(cluster), "layer": configs.dump(layer), "steps": steps, "layers": layers,
+        "trace": trace, "cluster": configs.dump(cluster), "layer": configs.dump(layer), "steps": steps,
+        "layers": layers,
         "ranks": [
             {
                 "ranks": n, "ep": rows[0].ep, "edp": rows[0].edp, "refused": refused[n],

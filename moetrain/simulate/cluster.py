@@ -83,8 +83,8 @@ class Cluster:
         return max(near / self.intra, far / (card * self.inter)) / 1e3
 
     def relay(self, moved_RE: Tensor, owner_E: Tensor, size: float) -> float:
-        """us to bring ranks the experts of ``moved_RE`` (R, E bool), ``size`` bytes each, from their owners: each enters
-        a node once, leaves none more than once, and spreads inside it; no latency."""
+        """us to bring ranks the experts of ``moved_RE`` (R, E bool), ``size`` bytes each, from their owners: each
+        enters a node once, leaves none more than once, and spreads inside it; no latency."""
         R, E = moved_RE.shape
         n = self.node(R)
         enters_NE = moved_RE.view(R // n, n, E).any(1) & (owner_E // n != torch.arange(R // n)[:, None])

@@ -51,8 +51,8 @@ class Layer:
         return 3 * 2 * self.expert_params / (cluster.peak * cluster.gemm * 1e6)
 
     def costs(self, cluster: Cluster, ranks: int) -> Costs:
-        """What a policy plans with: the price of a row where all go to every rank alike, and of a copy of an expert where
-        each rank sends one of its own to all others (relayed: where one rank does)."""
+        """What a policy plans with: the price of a row where all go to every rank alike, and of a copy of an expert
+        where each rank sends one of its own to all others (relayed: where one rank does)."""
         row, hidden = self.row_us(cluster), self.attention_us(cluster)
         if ranks == 1:
             return Costs(row=row, hop=0.0, expert=0.0, hidden=hidden)
@@ -60,7 +60,7 @@ class Layer:
         return Costs(row=row, hop=hop, expert=self.everywhere_us(cluster, ranks) / (ranks - 1), hidden=hidden)
 
     def everywhere_us(self, cluster: Cluster, ranks: int) -> float:
-        """us for an expert of each rank, relayed of one rank, to go to all others, and for the gradients to come back."""
+        """us for an expert of each rank, relayed of one rank, to go to all others, and their gradients back."""
         owner_E = torch.arange(1 if self.travel is Travel.relay else ranks)
         moved_RE = torch.arange(ranks)[:, None] != owner_E
         parts = (self.weight_bytes * (1 + self.again), self.gradient_bytes)

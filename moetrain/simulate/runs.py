@@ -1,7 +1,7 @@
 """Policies over a history of loads: plan as a run would, price what comes of it, sum up.
 
-The plan of step s is made beside step s - 1, from the mean load of the ``window`` steps up to s - 2; owners change every
-``reshard_every`` steps, by the mean load since they last did.
+The plan of step s is made beside step s - 1, from the mean load of the ``window`` steps up to s - 2; owners change
+every ``reshard_every`` steps, by the mean load since they last did.
 """
 
 import math
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moetrain import config as configs
-from moetrain.config import UserError
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import Travelling, check, room
 from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
@@ -87,9 +86,8 @@ def run(
     layers: list[int],
     regather: bool = True,
 ) -> Outcome:
-    """``loads``: of each MoE layer (steps, E), of which ``steps`` and ``layers`` are priced. ``regather``: static's experts are gathered again in backward."""
-    if isinstance(policy, FSSDP) and policy.calibrate:
-        raise UserError("model.moe.placement.calibrate=true is not simulated: the plan is a step late; set it to false")
+    """``loads``: of each MoE layer (steps, E), of which ``steps`` and ``layers`` are priced. ``regather``: what
+    static's ranks share out they gather again in backward."""
     grid = grid_of([x.shape[1] for x in loads], ranks=ranks, cluster=cluster, policy=policy, layer=layer)
     costs = layer.costs(cluster, ranks)
     policy = _planning(policy, costs, layer, ranks)
@@ -119,7 +117,8 @@ def run(
             found.append(
                 price(plan, loads[i][s], layer=layer, cluster=cluster, travels=policy.travels, regather=regather)
             )
-    moves = [_moved(owners(s - every), owners(s), layer, cluster, ranks) for s in range(every, num_steps, every or 1)]
+    changes = range(every, num_steps, every) if every else ()
+    moves = [_moved(owners(s - every), owners(s), layer, cluster, ranks) for s in changes]
     mean_of: Callable[[str], float] = lambda what: fmean(getattr(x, what) for x in found)  # noqa: E731
     own_R = torch.bincount(torch.cat(owners(steps[-1])), minlength=ranks) if policy.travels else None
     owned = int(own_R.max()) if own_R is not None else sum(x.shape[1] for x in loads) / ranks
@@ -127,7 +126,7 @@ def run(
     return Outcome(
         policy=name, ranks=ranks, ep=grid.ep, edp=grid.edp,
         **{x: mean_of(x) for x in ("attention", "compute", "tokens", "experts", "token_bytes", "expert_bytes")},
-        reshard=fmean(moves) / every / len(loads) if moves and every else 0.0,
+        reshard=fmean(moves) / every / len(loads) if moves else 0.0,
         replicas=mean_of("replicas"), overload=mean_of("overload"), worst_overload=max(x.overload for x in found),
         owned_gib=owned * layer.expert_params * layer.state_bytes / GiB,
         replicas_gib=mean_of("most_replicas") * at_once * layer.expert_params * layer.weight_bytes / GiB,
@@ -140,8 +139,8 @@ def reshard_every(policy: PlacementPolicy) -> int:
 
 
 def _planning(policy: PlacementPolicy, costs: Costs, layer: Layer, ranks: int) -> PlacementPolicy:
-    """Policies count copies, and relayed ones cost less than their number: fssdp sends as many experts as are hidden under
-    attention, Hecate's overlap degree, unless it is told how many."""
+    """Policies count copies, and relayed ones cost less than their number: fssdp sends as many experts as are hidden
+    under attention, Hecate's overlap degree, unless it is told how many."""
     if layer.travel is Travel.direct or not isinstance(policy, FSSDP) or policy.overlap is not None or ranks == 1:
         return policy
     return configs.replace(policy, overlap=int(costs.hidden // (costs.expert * (ranks - 1))))

@@ -1,8 +1,8 @@
 """``loads.jsonl``: what every expert got in every step of a run, recorded and read.
 
-The first line is a header: format, version, ``layers`` (numbers of the MoE layers in the model), of each its ``experts``
-and ``top_k``, and ``tokens`` of a whole step. Then one line a step: {"step": s, "load": [[...], ...]}, int assignments of
-each expert of each layer over all ranks; of zero-computation experts nothing, which no rank holds.
+The first line is a header: format, version, ``layers`` (numbers of the MoE layers in the model), of each its
+``experts`` and ``top_k``, and ``tokens`` of a whole step. Then one line a step: {"step": s, "load": [[...], ...]},
+assignments of each expert of each layer over all ranks; of zero-computation experts nothing, which no rank holds.
 """
 
 import json
@@ -90,7 +90,7 @@ def _header(path: Path, line: str) -> dict[str, Any]:
     data = _json(line)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(
-            f"trace={path} is no load trace: its first line has no format {FORMAT!r}; logging.load_trace=true writes one"
+            f"trace={path} is no load trace: no format {FORMAT!r} in its first line; logging.load_trace=true writes one"
         )
     if data.get("version") != VERSION:
         raise UserError(f"trace={path} has version {data.get('version')!r}, this moetrain reads {VERSION}: record anew")

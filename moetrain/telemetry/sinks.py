@@ -76,8 +76,7 @@ class Bar:
 
 
 class Series:
-    """A file of JSON lines, one record a step or more, maybe after a header. Steps that a resumed run repeats are written
-    once."""
+    """A file of JSON lines, maybe after a header. Steps that a resumed run repeats are written once."""
 
     def __init__(self, path: Path, *, resume_at: int, header: dict[str, Any] | None = None) -> None:
         temporary = path.with_suffix(".tmp")
