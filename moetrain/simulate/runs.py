@@ -159,9 +159,9 @@ def priced(policies: Iterable[PlacementPolicy], loads: list[Tensor], sample: Sam
 
 
 def _spread(first: int, end: int, number: int) -> list[int]:
-    """At most ``number`` of first .. end - 1, evenly."""
+    """At most ``number`` of first .. end - 1, each in the middle of its part."""
     number = min(number, end - first)
-    return sorted({first + round((end - 1 - first) * i / max(number - 1, 1)) for i in range(number)})
+    return [first + (2 * i + 1) * (end - first) // (2 * number) for i in range(number)]
 
 
 def _same(old: Placement | None, new: Placement) -> Placement:
