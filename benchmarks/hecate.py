@@ -103,13 +103,15 @@ def main(argv: list[str] | None = None) -> int:
 def fit() -> Assumed:
     """The choice whose ends of A's ranges are nearest: of the grid, then of what is around the best."""
     best = sorted((Assumed(*values) for values in itertools.product(*GRID.values())), key=error)[:3]
-    best = min((replace(a, share=share) for a in best for share in (0.1, 0.25, 0.5)), key=lambda a: error(a, WHOLE))
+    shares = (0.1, 0.25, 0.5)
+    best = min((replace(a, share=share) for a in best for share in shares), key=lambda a: error(a, WHOLE))
     near = (
         replace(best, exponent=round(best.exponent + more, 2), attention=round(best.attention * factor, 4))
         for more in (-0.1, 0.0, 0.1)
         for factor in (0.7, 1.0, 1.4)
     )
-    return min(near, key=lambda a: error(a, WHOLE))
+    best = min(near, key=lambda a: error(a, WHOLE))
+    return min((replace(best, share=share) for share in shares), key=lambda a: error(a, WHOLE))
 
 
 def error(assumed: Assumed, sample: Sample = QUICK) -> float:
