@@ -1,6 +1,7 @@
 """Placement policies against loops over every rank and expert, every choice there is on small cases, and any load."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.config import UserError, dump, load
-from moetrain.moe.placement.cost import Modelled, modelled
+from moetrain.moe.placement.cost import Modelled, arrivals, modelled
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.replicate_all import ReplicateAll
 from moetrain.moe.placement.shadow import Shadow
@@ -95,6 +96,9 @@ def test_the_model_is_the_routing_of_every_rank(case, held: list[set[int]]) -> N
     got = (found.rows, found.hops, found.sent, found.received, found.time_us)
     assert got == pytest.approx(routed(placement, load_E, costs), rel=1e-12, abs=1e-6)
     assert found.mean_rows == pytest.approx(float(load_E.sum()) / grid.ranks)
+    E, R, (expert_X, rank_X) = len(load_E), grid.ranks, placement.holds_RE.t().nonzero().t().numpy()
+    arrived_ER = torch.zeros(E, R).scatter_add_(1, placement.peer_RE.t(), torch.ones(E, R))
+    assert arrivals(expert_X, rank_X, E, R, grid.node).tolist() == arrived_ER[expert_X, rank_X].tolist()
 
 
 def test_the_model_of_static_placement_moves_no_expert() -> None:
@@ -231,6 +235,24 @@ def test_copies_go_to_other_nodes_first() -> None:
     load_E, owner_E, grid = torch.tensor([4000.0, 1, 1, 1, 1, 1, 1, 1]), torch.arange(8), Grid(edp=1, ep=8, node=2)
     placement = FSSDP()(load_E, owner_E, grid, Costs(row=1.0, hop=0.0, expert=10.0, hidden=30.0))
     assert placement.holds_RE[:, 0].view(4, 2).sum(1).min() >= 1
+
+
+@given(case=cases())
+@settings(max_examples=40, deadline=None)
+def test_no_node_has_two_copies_while_another_has_none(case) -> None:
+    load_E, owner_E, grid, costs = case
+    grid = replace(grid, room=None)
+    for plan in FSSDP().candidates(load_E, owner_E, grid, costs):
+        held_HN = torch.from_numpy(plan.holds_HR).view(len(plan.order_H), -1, grid.node or grid.ranks).sum(2)
+        for held_N in held_HN.tolist():
+            assert max(held_N) <= 1 or min(held_N) >= 1
+
+
+def test_copies_go_to_the_ranks_with_the_fewest_rows() -> None:
+    owner_E, grid = torch.tensor([0, 1, 2, 3]), Grid(edp=2, ep=4)
+    placement = FSSDP()(torch.full((4,), 100.0), owner_E, grid, Costs(row=1.0, hop=0.0, expert=10.0, hidden=10.0))
+    assert placement.slots_RS[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert placement.num_slots == 1
 
 
 @pytest.mark.parametrize("costs", [FREE, Costs(1.0, 0.0, 1.0, 100.0)])

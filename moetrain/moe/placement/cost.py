@@ -74,15 +74,14 @@ class Prefixes:
 
 def everywhere(order_H: Ints, load_E: Floats, owner_E: Ints, costs: Costs, ranks: int) -> Prefixes:
     """What each prefix of a list of experts costs that every rank holds. From one to the next one rank's own rows fall:
-    the least are the least so far, the most are the most of those yet to fall and of what remains."""
+    the most are the most of those yet to fall and of what remains. No rank sends more than the busiest one gets."""
     H, R = len(order_H), ranks
     own = owned(load_E, owner_E, R).tolist()
     hot, with_count = [0] * R, [R, *[0] * H]  # experts of the list that a rank owns; ranks that own so many
-    least_C, before_C, sent_C, received_C = [min(own)], [0.0] * (H + 1), [0], [0]
+    before_C, sent_C, received_C = [0.0] * (H + 1), [0], [0]
     for c, (home, load) in enumerate(zip(owner_E[order_H].tolist(), load_E[order_H].tolist(), strict=True)):
         before_C[c] = own[home]
         own[home] -= load
-        least_C.append(min(least_C[-1], own[home]))
         with_count[hot[home]] -= 1
         hot[home] += 1
         with_count[hot[home]] += 1
@@ -91,10 +90,9 @@ def everywhere(order_H: Ints, load_E: Floats, owner_E: Ints, costs: Costs, ranks
         received_C.append(c + 1 - fewest - (with_count[fewest] == 0))
     before_C[H] = max(own)
     most_C = np.maximum.accumulate(np.array(before_C)[::-1])[::-1]
-    left_C = load_E.sum() - np.append(0, load_E[order_H]).cumsum()
-    hops_C = np.maximum(np.maximum(left_C - np.array(least_C), (R - 1) * most_C) / R, 0)
+    hops_C = np.maximum((R - 1) / R * most_C, 0)
     travel_C = np.maximum(costs.expert * np.maximum(received_C, sent_C) - costs.hidden, 0)
-    rows_C = most_C + (load_E.sum() - left_C) / R
+    rows_C = most_C + np.append(0, load_E[order_H]).cumsum() / R
     return Prefixes(costs.row * rows_C + costs.hop * hops_C + travel_C, np.array(received_C))
 
 
