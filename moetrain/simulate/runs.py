@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain import config as configs
 from moetrain.moe.placement.fssdp import FSSDP
-from moetrain.moe.placement.travelling import Travelling, check, room
+from moetrain.moe.placement.travelling import Following, check, room
 from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
 from moetrain.simulate.cluster import Cluster
 from moetrain.simulate.price import Layer, Price, Travel, price
@@ -68,7 +68,7 @@ def grid_of(experts: list[int], *, ranks: int, cluster: Cluster, policy: Placeme
     layers = 1 if layer.again else len(experts)
     grid = Grid(
         ranks // ep, ep, node=cluster.ranks_per_node if ranks > cluster.ranks_per_node else 0,
-        room=room(policy, layer.expert_params * layer.weight_bytes, layers),
+        room=room(policy, layer.expert_params * layer.weight_bytes * layers, layers),
     )  # fmt: skip
     check(grid, experts, policy)
     return grid
@@ -147,7 +147,7 @@ def _planning(policy: PlacementPolicy, costs: Costs, layer: Layer, ranks: int) -
 
 
 def _window(policy: PlacementPolicy) -> int:
-    return policy.window if isinstance(policy, Travelling) else 0
+    return policy.window if isinstance(policy, Following) else 0
 
 
 def priced(policies: Iterable[PlacementPolicy], loads: list[Tensor], sample: Sample) -> tuple[list[int], list[int]]:
