@@ -26,7 +26,7 @@ from moetrain.model.transformer import Stage, Transformer
 from moetrain.moe.layer import MoE
 from moetrain.moe.placement.cost import modelled
 from moetrain.moe.placement.fssdp import FSSDP
-from moetrain.moe.placement.travelling import Following, Travelling
+from moetrain.moe.placement.travelling import Following, Travelling, check_owners
 from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
 from moetrain.moe.travel import Replicas, Trip
 from moetrain.parallel.data import Accumulate, ShardingConfig
@@ -220,7 +220,9 @@ class Mover:
 
     def _owners(self) -> list[Tensor]:
         loads = [self.settled_LE[i, :E].double() / self.window for i, E in zip(self.at, self.sizes, strict=True)]
-        return self.policy.owners(loads, self.grid, self.costs or FREE)
+        owners = self.policy.owners(loads, self.grid, self.costs or FREE)
+        check_owners(owners, self.sizes, self.grid.ranks)
+        return owners
 
     def _settle(self, optimizer: Moves) -> None:
         owners = self._owners()
