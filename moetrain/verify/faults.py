@@ -21,7 +21,7 @@ from moetrain.mesh import Mesh
 from moetrain.model import attention, loss
 from moetrain.model.attention import QKNorm
 from moetrain.model.layers import RMSNorm, Rope
-from moetrain.moe import layer
+from moetrain.moe import layer, travel
 from moetrain.moe.balance.expert_bias import ExpertBias
 from moetrain.moe.balance.sequence import Sequence
 from moetrain.moe.balance.switch import Switch
@@ -374,3 +374,34 @@ def only_the_last_micro_batch() -> Swaps:
         return found.detach() + 0.0 * found
 
     return [(train.Trainer, "forward", wrong)]
+
+
+_TRAVEL = _if(
+    "placement=fssdp (or shadow, replicate_all) and edp*ep > 1",
+    lambda cfg, n: bool(cfg.model.moe_layers) and cfg.model.moe.placement.travels and n.edp * n.ep > 1,
+)
+
+
+@_fault("gradients that come back from replicas are left out", _TRAVEL)
+def replicas_not_summed() -> Swaps:
+    return [(travel.Trip, "rounds", property(lambda self: []))]
+
+
+@_fault("gradients that come back from replicas are added twice", _TRAVEL)
+def replicas_summed_twice() -> Swaps:
+    right = travel.Trip.__dict__["rounds"].func
+    return [(travel.Trip, "rounds", property(lambda self: right(self) * 2))]
+
+
+@_fault("replicas arrive in another order than that of their slots", _TRAVEL)
+def replicas_out_of_order() -> Swaps:
+    right = travel.Replicas._arrive
+
+    def wrong(self):
+        arrived = self._work is not None
+        right(self)
+        if arrived:
+            away = self._flat.data[self.trip.owned : self.trip.slots]
+            away.copy_(away.flip(0))
+
+    return [(travel.Replicas, "_arrive", wrong)]

@@ -101,7 +101,7 @@ def _stir(trainer: Trainer) -> None:
                 chunk.tensor.copy_(torch.arange(chunk.tensor.numel()) * 7 % 5)
     if (mover := trainer.mover) is not None:  # owners by one load, replicas by another, as if they travelled for free
         for x in (mover.settled_LE, mover.loads_WLE):
-            x.copy_((torch.arange(x.numel()) * (7 + x.dim()) % 5).view_as(x) ** 3 * 100)
+            x.copy_(((torch.arange(x.numel()) * 5 + x.dim()) % 13).view_as(x) ** 3)
         mover.costs = FREE
         mover.restore(trainer.steps, trainer.optimizer)
 

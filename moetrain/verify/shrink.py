@@ -14,9 +14,10 @@ from typing import Any
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
-from moetrain.layouts import divisors
+from moetrain.layouts import Layout, divisors
 from moetrain.moe.layer import MoEConfig
 from moetrain.moe.per_layer import PerLayer
+from moetrain.moe.placement.types import Grid
 from moetrain.moe.zero_computation import KINDS, ZeroComputationConfig
 from moetrain.parallel.schedules import too_few
 from moetrain.verify import shrink_properties as of
@@ -232,10 +233,14 @@ def _layers(n: Numbers) -> Iterator[_Changes]:
 
 
 def _experts(n: Numbers) -> Iterator[_Changes]:
-    """Of zero-computation experts one or two of each kind, or all where a router or a balance term wants them."""
-    own = n.zero_computation
+    """Of zero-computation experts one or two of each kind, or all where a router or a balance term wants them. Where
+    experts travel, each rank owns one."""
+    own, each = n.zero_computation, max(1, len(n.moe_layers) // n.stages)
+    owners = n.axes["edp"] * n.ep if n.moe_cfg.placement.travels else 0
     for extra in dict.fromkeys([tuple(min(count, 2) for count in own), own]):
         for experts in range(n.ep, 16 * n.ep + 1, n.ep):
+            if experts * each < owners:
+                continue
             most = min(experts + sum(extra), 8)
             taken = [k for k in range(1, most + 1) if _takes(n.moe_cfg, num_experts=experts, extra=extra, top_k=k)]
             yield from _each(num_experts=[experts], top_k=taken, zero_computation=[extra])
@@ -282,7 +287,9 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         rounding=m.moe.rounding.shrunk(
             top_k=n.top_k, num_experts=n.num_experts, tokens=n.seq_len, sequences=n.micro_batch
         ),
-        dispatcher=m.moe.dispatcher.shrunk(was=cfg.layout.ep * cfg.layout.etp, ranks=n.ep * n.etp),
+        dispatcher=m.moe.dispatcher.shrunk(
+            was=_spanned(m.moe, cfg.layout.edp, cfg.layout), ranks=_spanned(m.moe, n.axes["edp"], n)
+        ),
         per_layer=_per_layer(m.moe, n),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
@@ -300,6 +307,11 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         layout=configs.replace(cfg.layout, **{name: getattr(n, name) for name in _AXES}),
         pipeline=configs.replace(cfg.pipeline, stages=None),
     )  # fmt: skip
+
+
+def _spanned(moe: MoEConfig, edp: int, n: Numbers | Layout) -> int:
+    """Ranks that tokens travel among."""
+    return moe.placement.span(Grid(edp, n.ep)) * n.etp
 
 
 def _per_layer(moe: MoEConfig, n: Numbers) -> PerLayer:

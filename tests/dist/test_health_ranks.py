@@ -52,10 +52,10 @@ def readings(rank: int, world: int, cfg: Config) -> list[tuple[Reading, dict[int
     rows: Counter[int] = Counter()
     right = Experts.forward
 
-    def counted(self, given, backend):
+    def counted(self, given, backend, replicas=None):
         if torch._C._current_graph_task_id() == -1:  # not in backward
             rows[names[self]] += int(given.offsets_S[-1])
-        return right(self, given, backend)
+        return right(self, given, backend, replicas)
 
     Experts.forward, found = counted, []
     try:
