@@ -165,6 +165,12 @@ class _Loop:
             records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
         if reading:
             records[-1]["health"] = reading.record()
+        if mover := self.trainer.mover:
+            records[-1]["planning_ms"] = round(1e3 * mover.planning_seconds, 3)
+            if (done := mover.calibrations).syncs:
+                ms = round(1e3 * done.seconds, 3)
+                records[-1]["calibration"] = {"host_syncs": done.syncs, "ms": ms, "accepted": done.accepted}
+                mover.calibrations = type(done)()
         last = records[-1]
         self._check_finite(records, reading)
         if self.metrics:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,11 +34,13 @@ from moetrain.model import attend
 from moetrain.model.attend import Visible
 from moetrain.model.transformer import Transformer
 from moetrain.moe import rows
-from moetrain.moe.placement.types import Placement
+from moetrain.moe.placement.travelling import place
+from moetrain.moe.placement.types import Costs, Placement
 from moetrain.optim import muon
 from moetrain.optim.work import Piece
 from moetrain.parallel import pipeline, state
 from moetrain.parallel.context import Part
+from moetrain.parallel.placing import Mover
 from moetrain.train import Trainer
 from moetrain.world import World
 
@@ -149,9 +152,24 @@ def _swaps(
         (grouped, "ends_on_host", lambda _: _ends),
         (reference, "ends_on_host", lambda _: _ends),
         (Placement, "target_EJ", _really),
+        (Mover, "__init__", _really),
+        (Mover, "begin_step", _really),
+        (Mover, "end_step", lambda _: lambda mover, load_LE, step: None),
+        (Mover, "place", lambda _: _all_there_is_room_for),
         (Part, "documents", _really),
         (Visible, "build", lambda build: classmethod(_really(build.__func__))),
     ]
+
+
+def _all_there_is_room_for(mover: Mover, load_E: Tensor, owner_E: Tensor, costs: Costs) -> Placement:
+    """As many replicas as a policy may ever choose: each rank's are of the experts that come after its own."""
+    R, E, most = mover.grid.ranks, len(owner_E), mover.grid.room
+    holds_RE = owner_E.numpy() == np.arange(R)[:, None]
+    for r in range(R):
+        last = int(holds_RE[r].nonzero()[0].max(initial=-1))
+        after = [e for e in ((last + 1 + i) % E for i in range(E)) if not holds_RE[r, e]]
+        holds_RE[r, after[:most]] = True
+    return place(holds_RE, owner_E.numpy(), mover.grid, span=mover.policy.span(mover.grid))
 
 
 def _flash(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import moetrain.moe  # noqa: F401 (registers the dispatchers)
 from moetrain import comm, deferred, rerun
 from moetrain.config import OPTIONS
+from moetrain.moe.travel import Replicas
 from moetrain.parallel import data, pipeline
 
 
@@ -35,7 +36,7 @@ class Kind(Enum):
     # left by one: factors of weight gradients that wait, what goes to the stage before
     activations = "activations"
     dispatch = "dispatch"  # made by a dispatcher, or by the backward of what it did
-    fsdp = "FSDP"  # gathered weights, and what goes into a collective or comes out
+    fsdp = "FSDP"  # gathered weights, experts that travel among them, and what goes into a collective or comes out
     other = "other"  # temporaries
 
 
@@ -146,6 +147,9 @@ class Ledger(TorchDispatchMode):
         for name in ("unshard", "wait_for_unshard"):
             swap(FSDPParamGroup, name, self._labelled(Kind.fsdp))
         swap(FSDPParamGroup, "post_backward", self._reducing)
+        for name in ("start", "reduce", "finish", "add_up"):
+            swap(Replicas, name, self._labelled(Kind.fsdp))
+        swap(Replicas, "end_backward", self._leaving)
         for dispatcher in OPTIONS["dispatcher"].values():
             for name in ("dispatch", "combine"):
                 swap(dispatcher, name, self._labelled(Kind.dispatch))
@@ -276,6 +280,14 @@ class Ledger(TorchDispatchMode):
                 post_backward(group, *args)
             self._mark(p.unsharded_accumulated_grad for p in params)
             self._mark(p.sharded_param.grad for p in params)
+
+        return watched
+
+    def _leaving(self, end_backward: Callable) -> Callable:
+        def watched(replicas: Replicas) -> None:
+            self._mark(leaf.grad for leaf in replicas.leaves)
+            end_backward(replicas)
+            self._mark(replicas.sums or ())
 
         return watched
 

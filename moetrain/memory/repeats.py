@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from moetrain.memory.ledger import Change, Ledger
 from moetrain.memory.ledger import Kind as Holds
 from moetrain.model.transformer import Transformer
+from moetrain.moe.travel import Replicas
 from moetrain.parallel.data import param_groups
 from moetrain.parallel.pipeline import InFlight, Pipeline, Run
 from moetrain.parallel.schedules import BACKWARDS, Action, Kind
@@ -135,6 +136,44 @@ class _Graded:
             self.ledger.label(grad, Holds.gradients)
 
 
+@dataclass
+class _Here:
+    """Whether a layer's experts are, of those that travel."""
+
+    replicas: Replicas
+
+    @property
+    def on(self) -> bool:
+        return self.replicas.here
+
+    def turn(self, on: bool) -> None:
+        if on:
+            self.replicas.ready()
+        else:
+            self.replicas.free()
+
+
+@dataclass
+class _Left:
+    """Whether they have gradients that wait for their owners."""
+
+    replicas: Replicas
+    ledger: Ledger
+
+    @property
+    def on(self) -> bool:
+        return self.replicas.waits
+
+    def turn(self, on: bool) -> None:
+        replicas, low = self.replicas, self.replicas.dtype != self.replicas.owned[0].dtype
+        found = [torch.empty(x.shape, dtype=p.dtype) for x, p in zip(replicas.leaves, replicas.owned, strict=True)]
+        for x in found if on else ():
+            self.ledger.label(x, Holds.gradients)
+        replicas.sums = found if on and low else None
+        for leaf, x in zip(replicas.leaves, found, strict=True):
+            leaf.grad = x if on and not low else None
+
+
 def repeating(ledger: Ledger, model: Transformer) -> type[Run]:
     """A run of a schedule that does not run again what ``ledger`` knows."""
     groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in param_groups(m)]
@@ -150,6 +189,8 @@ def repeating(ledger: Ledger, model: Transformer) -> type[Run]:
 
     switches = [_Gathered(group) for group in groups]
     switches += [_Graded(p, ledger) for group in groups for p in group.fsdp_params]
+    travelling = [x for layer in model.moe_layers() if (x := layer.experts.replicas) is not None]
+    switches += [_Here(x) for x in travelling] + [_Left(x, ledger) for x in travelling]
 
     def positions() -> list[bool]:
         return [switch.on for switch in switches]

@@ -26,11 +26,11 @@ class Experts(nn.Module):
         if self.replicas is not None:
             self.replicas.start()
 
-    def forward(self, rows: Rows, backend: Backend) -> Tensor:
+    def forward(self, rows: Rows, backend: Backend, replicas: Replicas | None = None) -> Tensor:
         """Rows sorted by slot -> (M, D) weighted results. Slots without an expert come last and have no rows."""
         dtype = rows.x_ND.dtype
-        gate_up, down = (self.gate_up, self.down) if self.replicas is None else self.replicas.ready()
+        gate_up, down = (self.gate_up, self.down) if replicas is None else replicas.ready()
         if rows.offsets_S.shape[0] > gate_up.shape[0]:
             rows = replace(rows, offsets_S=rows.offsets_S[: gate_up.shape[0]])
         y_MD = backend(rows, gate_up.to(dtype), down.to(dtype), again=self.rerun_activation)
-        return y_MD if self.replicas is None else self.replicas.used(y_MD)
+        return y_MD if replicas is None else replicas.used(y_MD)

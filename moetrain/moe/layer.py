@@ -1,5 +1,6 @@
 """The MoE layer: gate, route, dispatch, compute, combine. Read this file first."""
 
+from collections.abc import Callable
 from dataclasses import field, replace
 
 import torch
@@ -15,9 +16,10 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.gates.linear import LinearGateConfig
 from moetrain.moe.per_layer import PerLayer
 from moetrain.moe.placement.static import Static
-from moetrain.moe.placement.types import FREE, Grid, PlacementPolicy
+from moetrain.moe.placement.types import FREE, Grid, Placement, PlacementPolicy
 from moetrain.moe.rounding import TokenRounding
 from moetrain.moe.routers.topk import TopK
+from moetrain.moe.travel import Replicas
 from moetrain.moe.types import (
     Balance,
     Carry,
@@ -80,7 +82,7 @@ class MoEConfig:
     @property
     def depends_on_layout(self) -> list[LayoutDependence]:
         """What of it is not the same run under every layout."""
-        found = [part.depends_on_layout for part in (self.dispatcher, *self.balance.values())]
+        found = [part.depends_on_layout for part in (self.placement, self.dispatcher, *self.balance.values())]
         return [x for x in found if x is not None]
 
     def check(self) -> None:
@@ -131,6 +133,8 @@ class MoE(nn.Module):
     load_ME: Tensor  #  (micro-batches, E) int64, written by assignment: idempotent under recompute
     losses_MJ: Tensor  # (micro-batches, balance terms) unscaled token sums, likewise
     dropped_ME: Tensor  # (micro-batches, E) int64 assignments dropped on this rank, likewise
+    # (E,) assignments of a micro-batch on this rank -> a placement of its own, None = the planned one
+    calibrate: Callable[[Tensor], tuple[Placement, Replicas] | None] | None = None
     watch: Watch | None  # what else the step notes, for telemetry; None in most steps
 
     def __init__(self, cfg: MoEConfig, *, dim: int, layer: int) -> None:
@@ -191,12 +195,13 @@ class MoE(nn.Module):
             ctx.ids[self.layer] = ids_TK.view(*x_BSD.shape[:2], -1)
             ctx.scores[self.layer] = (routing.scores_TE.detach() + self.bias_E).view(*x_BSD.shape[:2], -1)
 
-        target_EJ = self.placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
-        slots = Slots(target_EJ, self.placement.num_slots, self.group)
         sent, stays_TD = self._stays(x_TD, routing)
+        placement, replicas = self._placed(sent, ctx)
+        target_EJ = placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
+        slots = Slots(target_EJ, placement.num_slots, self.group)
         rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots)
         backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.width)
-        y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend), ticket)
+        y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend, replicas), ticket)
         if stays_TD is not None:
             y_TD = y_TD + stays_TD
         if ctx.training:
@@ -239,6 +244,16 @@ class MoE(nn.Module):
             margins_TE = router.margins(logits_TE.detach(), self.bias_E, **known)
             ctx.margins[self.layer] = margins_TE.view(*ctx.sample_B.shape, -1, margins_TE.shape[1])
         return routing, False
+
+    def _placed(self, sent: Routing, ctx: Context) -> tuple[Placement, Replicas | None]:
+        """Where experts are in this micro-batch: as planned, or as ``calibrate`` has it now that its load is known."""
+        known = ctx.again is not None and self.layer in ctx.again
+        found = ctx.again[self.layer] if known else None  # pyright: ignore[reportOptionalSubscript]
+        if not known and self.calibrate is not None and ctx.training:
+            found = self.calibrate(sent.load_E)
+        if ctx.again is not None:
+            ctx.again[self.layer] = found
+        return found or (self.placement, self.experts.replicas)
 
     def _stays(self, x_TD: Tensor, routing: Routing) -> tuple[Routing, Tensor | None]:
         """What is sent to experts, and (T, D) what zero-computation experts add here, None where that is nothing."""

@@ -11,7 +11,7 @@ backward leaves gradients at them, which are reduced when the step says so, afte
 
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -97,11 +97,12 @@ class Replicas:
     staged: bool = False  # in a pipeline: its stages say when a backward has ended
     before: "Replicas | None" = None  # whose backward comes next
     here: bool = False
+    sent: int = 0  # bytes, by this rank
     _work: dist.Work | None = None
     _sending: Tensor | None = None
     _arrived: int = 0
-    _sums: list[Tensor] | None = None  # gradients of earlier micro-batches, where these are of a narrower dtype
-    _returning: list[_Returning] = field(default_factory=list)
+    sums: list[Tensor] | None = None  # gradients of earlier micro-batches, where these are of a narrower dtype
+    _returning: _Returning | None = None
 
     @cached_property
     def _flat(self) -> Tensor:
@@ -109,7 +110,7 @@ class Replicas:
         return torch.empty(max(1, self.trip.slots), self.numbers, dtype=self.dtype, device=self.owned[0].device)
 
     @cached_property
-    def _leaves(self) -> list[Tensor]:
+    def leaves(self) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in self._views(self._flat)]
         hook = weakref.WeakMethod(self._accumulated)  # a leaf does not keep alive who keeps it
         for leaf in leaves:
@@ -130,6 +131,12 @@ class Replicas:
         """Of one expert on this rank."""
         return sum(math.prod(p.shape[1:]) for p in self.owned)
 
+    @property
+    def waits(self) -> bool:
+        """Whether gradients are here that have not set out."""
+        made = "leaves" in vars(self)
+        return self.sums is not None or (made and self.leaves[0].grad is not None)
+
     def start(self) -> None:
         """Begin the SparseAllGather, if the experts are not here. Collective."""
         if self.here:
@@ -137,11 +144,12 @@ class Replicas:
         self.here = True
         flat, k = self._flat, self.trip.owned
         flat.untyped_storage().resize_(flat.numel() * flat.itemsize)
-        with torch.no_grad(), _same_version((flat, *self._leaves)):
+        with torch.no_grad(), _same_version((flat, *self.leaves)):
             for view, p in zip(self._views(flat[:k]), self.owned, strict=True):
                 view.copy_(p)
             if self.trip.travels:
                 self._sending = flat[:k].index_select(0, self._out)
+                self.sent += self._sending.nbytes
                 into = flat[k : self.trip.slots]
                 self._work = comm.start_all_to_all(
                     into, self._sending, recv=self.trip.recv, send=self.trip.send, group=self.group
@@ -151,7 +159,7 @@ class Replicas:
         """The (S, ...) weights of all slots, gathered now if they are not here."""
         self.start()
         self._arrive()
-        return self._leaves
+        return self.leaves
 
     def used(self, y: Tensor) -> Tensor:
         """To be told the result of what the weights were used for: its backward needs them again."""
@@ -180,13 +188,16 @@ class Replicas:
         """Keep the gradients of a micro-batch, added up in the parameters' dtype."""
         if self.dtype != self.owned[0].dtype:
             found = [g.to(p.dtype) for g, p in zip(self._taken(), self.owned, strict=True)]
-            self._sums = found if self._sums is None else [a.add_(b) for a, b in zip(self._sums, found, strict=True)]
+            self.sums = found if self.sums is None else [a.add_(b) for a, b in zip(self.sums, found, strict=True)]
 
     def reduce(self) -> None:
-        """Begin the SparseReduceScatter of all gradients so far. Collective."""
-        if self._sums is not None:
+        """Begin the SparseReduceScatter of all gradients so far, when those of an earlier micro-batch are there."""
+        self.finish()
+        if not self.waits:
+            return
+        if self.sums is not None:
             self.add_up()
-            found, self._sums = self._sums, None
+            found, self.sums = self.sums, None
         else:
             found = self._taken()
         k, slots = self.trip.owned, self.trip.slots
@@ -196,27 +207,30 @@ class Replicas:
             away = away.to(self.wire)
         back, work = away.new_empty(len(self.trip.out), away.shape[1]), None
         if self.trip.travels:
+            self.sent += away.nbytes
             work = comm.start_all_to_all(back, away, recv=self.trip.send, send=self.trip.recv, group=self.group)
-        self._returning.append(_Returning(own, back, work, away))
+        self._returning = _Returning(own, back, work, away)
+        if self.staged and not self.last:
+            self.finish()
 
     def finish(self) -> None:
         """Wait for what is on its way: afterwards the parameters have their gradients."""
-        for trip in self._returning:
-            if trip.work is not None:
-                trip.work.wait()
-            parts = self._views(trip.back.to(trip.own[0].dtype)) if trip.work is not None else []
+        trip, self._returning = self._returning, None
+        if trip is None:
+            return
+        if trip.work is not None:
+            trip.work.wait()
+            parts = self._views(trip.back.to(trip.own[0].dtype))
             for own, at in self.trip.rounds:
                 for g, part in zip(trip.own, parts, strict=True):
                     torch._foreach_add_([g[i] for i in own], [part[i] for i in at])  # pyright: ignore
-            for p, g in zip(self.owned, trip.own, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
-        self._returning.clear()
+        for p, g in zip(self.owned, trip.own, strict=True):
+            p.grad = g if p.grad is None else p.grad.add_(g)
 
     def _taken(self) -> list[Tensor]:
-        grads = [leaf.grad for leaf in self._leaves]
-        for leaf in self._leaves:
+        grads = [leaf.grad for leaf in self.leaves]
+        for leaf in self.leaves:
             leaf.grad = None
-        assert all(g is not None for g in grads), "no gradient reached the experts"
         return grads  # pyright: ignore[reportReturnType]
 
     def _arrive(self) -> None:

@@ -43,11 +43,12 @@ class Context:
     chosen: dict[int, Tensor] | None = None  # layer -> (T, K) ids that the layer leaves to itself, if it is run again
     ids: dict[int, Tensor] | None = None  #    layer -> (B, S, K) expert ids, written where somebody asks for them
     scores: dict[int, Tensor] | None = None  # layer -> (B, S, E) scores and bias, likewise
+    again: dict[int, Any] | None = None  # layer -> what else its second run takes from the first, if it is run again
     margins: dict[int, Tensor] | None = None  # layer -> (B, S, E) how near each was to change sides, likewise
 
     def for_rerun(self) -> "Context":
         """The same for one call that may be run again: the second run takes the first one's choices."""
-        return replace(self, chosen={})
+        return replace(self, chosen={}, again={})
 
 
 @dataclass(frozen=True)

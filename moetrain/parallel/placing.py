@@ -13,6 +13,7 @@ import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moetrain.logical import Chunk, Logical
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Stage, Transformer
 from moetrain.moe.layer import MoE
+from moetrain.moe.placement.cost import modelled
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import Following, Travelling
 from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
@@ -44,6 +46,18 @@ class Planned:
     placements: list[Placement]
     trips: list[Trip]
     seconds: float
+
+
+@dataclass
+class Calibrations:
+    """Of the steps since they were last asked for: how often the host waited, for how long, how often it paid."""
+
+    syncs: int = 0
+    seconds: float = 0.0
+    accepted: int = 0
+
+    def add(self, seconds: float, accepted: bool) -> None:
+        self.syncs, self.seconds, self.accepted = self.syncs + 1, self.seconds + seconds, self.accepted + accepted
 
 
 class Mover:
@@ -75,11 +89,17 @@ class Mover:
         self._planned: dict[int, Future[Planned]] = {}
         self._copied: torch.cuda.Event | None = None
         self.now: Planned | None = None
+        self._own: dict[int, list[Replicas]] = {}  # layer -> those of single micro-batches
+        self.calibrations = Calibrations()
+        if isinstance(policy, FSSDP) and policy.calibrate:
+            for layer in self.layers:
+                layer.calibrate = partial(self._calibrate, layer)
         self.news: list[str] = []  # lines for the log
         self._layout = str(mesh.layout)
         self._pinned = policy.costs.values if isinstance(policy, Following) else {}
         self._watch: Stopwatch | None = None
         self._steps = 0  # of this life
+        self._stage = mesh.group("moe", "edp", "ep", "etp")
         self._every = mesh.group("moe", "pp", "edp", "ep", "etp")
         if all(value is not None for value in self._pinned.values()):
             self._know(FREE)
@@ -114,11 +134,10 @@ class Mover:
 
     def _measure(self, watch: Stopwatch) -> None:
         watch.stop()
-        m, kept = len(self.layers[0].load_ME) if self.layers else 1, self.sharding.experts == 2
-        local = self.sharding.accumulate is Accumulate.local
+        gathers, reduces = self._trips()
         found = costs(
             watch, dim=self.model.cfg.dim, expert=self._expert, dtype=self.dtype, group=self.group, every=self._every,
-            gathers=1 if kept else 2 * m, reduces=1 if local else m,
+            gathers=gathers, reduces=reduces,
         )  # fmt: skip
         self._know(found)
         words = " ".join(
@@ -129,10 +148,18 @@ class Mover:
     def _know(self, costs: Costs) -> None:
         self.costs = Costs(**vars(costs) | {k: v for k, v in self._pinned.items() if v is not None})
 
+    @property
+    def planning_seconds(self) -> float:
+        """What it took to plan the step's placements, beside an earlier step."""
+        return self.now.seconds if self.now else 0.0
+
     def finish(self) -> None:
         """After a step's last backward: all gradients are where their experts are owned."""
         for replicas in self._replicas():
+            if replicas.waits:  # of earlier micro-batches, where the last had a placement of its own
+                replicas.reduce()
             replicas.finish()
+            replicas.free()
 
     def free(self) -> None:
         """After forwards that no backward follows."""
@@ -155,7 +182,8 @@ class Mover:
         """A micro-batch's gradients of a stage are whole; ``last``: of the step."""
         for replicas in self._replicas(stage):
             replicas.last, replicas.reduces = last, last or self.sharding.accumulate is Accumulate.sharded
-            replicas.end_backward()
+            if replicas.waits or last:
+                replicas.end_backward()
 
     def tensors(self) -> dict[str, Logical]:
         """What is saved, alike on all ranks."""
@@ -232,13 +260,17 @@ class Mover:
             since = time.perf_counter()
             window_LE = self._window(step - 2).double() / self.window if known else self.settled_LE * 0.0
             placements = [
-                self.policy(window_LE[i, :E], owner_E, self.grid, known or FREE)
+                self.place(window_LE[i, :E], owner_E, known or FREE)
                 for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
             ]
             trips = [Trip.of(placement, self.rank) for placement in placements]
             return Planned(placements, trips, time.perf_counter() - since)
 
         self._planned[step] = self._threads.submit(planned)
+
+    def place(self, load_E: Tensor, owner_E: Tensor, costs: Costs) -> Placement:
+        """What the policy says. A dry run replaces this."""
+        return self.policy(load_E, owner_E, self.grid, costs)
 
     def _window(self, last: int) -> Tensor:
         """(L, E) int64: the sum of the loads of the ``window`` steps up to ``last``."""
@@ -249,23 +281,54 @@ class Mover:
         self.now, before = planned, dict[Stage, Replicas]()
         for layer, placement, trip in zip(self.layers, planned.placements, planned.trips, strict=True):
             experts, now = layer.experts, layer.experts.replicas
+            self._own[layer.layer] = []
             stage = next(stage for stage in self.model.stages if layer.layer in stage.layers)
             layer.placement = placement
             owned = (experts.gate_up, experts.down)
             if not trip.travels and trip.owned:
                 experts.replicas = None
             elif now is None or now.trip != trip or now.owned[0] is not owned[0]:
-                experts.replicas = Replicas(
-                    owned, trip, group=self.group, dtype=self.dtype, wire=self.wire, staged=self.staged,
-                    keep=self.sharding.experts == 2,
-                )  # fmt: skip
+                experts.replicas = self._made(layer, trip)
             if experts.replicas is not None:
+                experts.replicas.sent = 0
                 experts.replicas.before = before.get(stage)
                 before[stage] = experts.replicas
 
+    def _made(self, layer: MoE, trip: Trip) -> Replicas:
+        return Replicas(
+            (layer.experts.gate_up, layer.experts.down), trip, group=self.group, dtype=self.dtype, wire=self.wire,
+            staged=self.staged, keep=self.sharding.experts == 2,
+        )  # fmt: skip
+
+    def _calibrate(self, layer: MoE, load_E: Tensor) -> tuple[Placement, Replicas] | None:
+        """(E,) assignments of a micro-batch on this rank: a placement of its own where that costs less time than the
+        planned one, for which experts have travelled already. Collective; waits for the device."""
+        since, costs = time.perf_counter(), self.costs
+        if costs is None:
+            return None
+        total_E = comm.all_reduce_(load_E.clone(), group=self._stage).cpu().double()
+        trips = 2 if self.sharding.experts == 2 else 3
+        again = replace(costs, expert=costs.expert * trips / sum(self._trips()), hidden=0.0)
+        placement = self.policy(total_E, layer.placement.owner_E, self.grid, again)
+        before = modelled(layer.placement, total_E, replace(again, expert=0.0)).time_us
+        accepted = modelled(placement, total_E, again).time_us < before
+        self.calibrations.add(time.perf_counter() - since, accepted)
+        if not accepted:
+            return None
+        replicas = self._made(layer, Trip.of(placement, self.rank))
+        replicas.last = replicas.reduces = True
+        self._own[layer.layer].append(replicas)
+        return placement, replicas
+
+    def _trips(self) -> tuple[int, int]:
+        """How often an expert sets out in a step, and how often its gradient."""
+        m = len(self.layers[0].load_ME) if self.layers else 1
+        gathers = 1 if self.sharding.experts == 2 else 2 * m
+        return gathers, 1 if self.sharding.accumulate is Accumulate.local else m
+
     def _replicas(self, stage: Stage | None = None) -> list[Replicas]:
-        found = [x.experts.replicas for x in self.layers if stage is None or x.layer in stage.layers]
-        return [x for x in found if x is not None]
+        layers = [x for x in self.layers if stage is None or x.layer in stage.layers]
+        return [r for x in layers for r in (x.experts.replicas, *self._own[x.layer]) if r is not None]
 
     def _wait(self) -> None:
         """Until every load is on the host."""

@@ -28,8 +28,8 @@ from moetrain.telemetry.alerts import METRICS, AlertConfig
 MOST_LOADS = 4096
 """Loads in a record of metrics.jsonl; where a model has more experts, the means of neighbours."""
 
-_COLUMNS = 8
-"""Numbers a layer that ``brief`` leaves, before its load."""
+_COLUMNS = 10
+"""Numbers a layer that ``brief`` leaves, before its load and the copies of its experts."""
 
 
 @config
@@ -56,6 +56,7 @@ class Reading:
     load: list[list[float]]  # of each layer the load of every expert / the mean load
     top_pair: list[tuple[int, int]]  # the experts of the most frequent pair
     logit_rank: list[int]  # the rank that saw the largest logit, or the first one that is not a number
+    copies: list[list[int]]  # of each layer how many replicas every expert has; [] where none travel
 
     @property
     def not_finite(self) -> str | None:
@@ -73,6 +74,8 @@ class Reading:
         run = -(-sum(map(len, self.load)) // MOST_LOADS)
         series["load"] = [[round(x, 2) for x in _merged(load, run)] for load in self.load]
         series["top_pair_experts"] = [list(pair) for pair in self.top_pair]
+        if any(map(any, self.copies)) and sum(map(len, self.copies)) <= MOST_LOADS:
+            series["copies"] = self.copies
         return series | ({"neighbours": run} if run > 1 else {})
 
 
@@ -84,6 +87,7 @@ class Health:
         self.cfg, self.layers, self.mesh, self.moes = cfg, list(layers), mesh, list(layers.values())
         choices = [moe.num_choices for moe in self.moes]
         L, E, n = len(layers), max(choices), mesh.layout
+        self.travels = any(moe.placement.travels for moe in self.moes)
         P = E * (E - 1) // 2 if cfg.pairs and any(moe.router.top_k > 1 for moe in self.moes) else 0
         self.sizes = {
             "dropped": (L,),
@@ -91,6 +95,9 @@ class Health:
             "logit": (L, mesh.world),
             "rows": (L, n.edp * n.ep),
             "pairs": (L, P),
+            "home": (L, n.edp * n.ep * self.travels),
+            "copies": (L, max(moe.num_experts for moe in self.moes) * self.travels),
+            "moved": (L * self.travels,),
         }
         self.smooth_LE = torch.zeros(L, E, dtype=torch.float64, device=mesh.device)
         self.choices_L = torch.tensor(choices, device=mesh.device)
@@ -110,6 +117,12 @@ class Health:
             parts["dropped"][i] = layer.dropped_ME.sum()
             parts["logit"][i, self.mesh.rank] = watch.logit_M.amax()
             parts["rows"][i] = _rows_sent(layer, parts["rows"].shape[1])
+            if self.travels:
+                at, replicas = layer.placement, layer.experts.replicas
+                parts["home"][i].scatter_add_(0, at.owner_E.to(flat.device), _kept(layer).double())
+                parts["moved"][i] = 0 if replicas is None else replicas.sent / 1e6
+                if layer.rank == 0 and self.mesh.index("moe", "etp") == 0:
+                    parts["copies"][i, : layer.cfg.num_experts] = at.holds_RE.sum(0) - 1
             if parts["pairs"].shape[1]:
                 parts["pairs"][i, : len(watch.pairs_P)] = watch.pairs_P
             if self.mesh.index("moe", "edp", "ep", "etp") == 0:  # one of the ranks that all know it
@@ -121,25 +134,28 @@ class Health:
         parts = self._parts(flat)
         logit_L, rank_L = parts["logit"].max(1)  # a NaN is the largest
         rows_LG, pairs_LP = parts["rows"], parts["pairs"]
+        home_LG = parts["home"] if self.travels else rows_LG
         pairs_LP = pairs_LP if pairs_LP.shape[1] else pairs_LP.new_zeros(len(self.layers), 1)
         most_L, place_L = pairs_LP.max(1)
         smooth_L = self.smooth_LE.sum(1) / self.choices_L
         columns = [
             parts["dropped"], parts["bias"], logit_L, rank_L, rows_LG.amax(1) / rows_LG.mean(1),
             most_L / pairs_LP.sum(1).clamp_min(1), place_L, self.smooth_LE.amax(1) / smooth_L - 1,
+            home_LG.amax(1) / home_LG.mean(1), parts["moved"] if self.travels else torch.zeros_like(parts["bias"]),
         ]  # fmt: skip
-        return torch.cat([torch.stack([c.double() for c in columns], 1), load_LE.double()], 1)
+        return torch.cat([torch.stack([c.double() for c in columns], 1), load_LE.double(), parts["copies"]], 1)
 
     @property
     def columns(self) -> int:
         """Of what ``brief`` returns."""
-        return _COLUMNS + self.smooth_LE.shape[1]
+        return _COLUMNS + self.smooth_LE.shape[1] + self.sizes["copies"][1]
 
     def read(self, rows: list[list[float]], *, tokens: int) -> Reading:
         """``brief``, on the host; ``tokens`` of the step that are not padding."""
-        layers, load, top_pair, logit_rank = {}, [], [], []
+        layers, load, top_pair, logit_rank, copies = {}, [], [], [], []
         for layer, moe, row in zip(self.layers, self.moes, rows, strict=True):
-            dropped, bias, logit, rank, overload, pair, place, smooth, *load_E = row
+            dropped, bias, logit, rank, overload, pair, place, smooth, home, moved, *load_E = row
+            copies_E = [int(n) for n in load_E[self.smooth_LE.shape[1] :]][: moe.num_experts]
             load_E = load_E[: moe.num_choices]
             total, E, sent = max(1.0, sum(load_E)), len(load_E), sum(load_E[: moe.num_experts])
             even_E = [x * E / total for x in load_E]
@@ -147,13 +163,16 @@ class Health:
                 "max_violation": max(even_E) - 1, "smooth_max_violation": smooth,
                 "variation": math.sqrt(sum((x - 1) ** 2 for x in even_E) / E), "entropy": _entropy(load_E),
                 "dead": sum(x == 0 for x in load_E), "drop_rate": dropped / max(1.0, sent),
-                "overload": 1.0 if math.isnan(overload) else overload, "bias_norm": bias, "largest_logit": logit,
+                "overload": 1.0 if math.isnan(overload) else overload,
+                "home_overload": 1.0 if math.isnan(home) else home, "replicas": sum(copies_E), "moved": moved,
+                "bias_norm": bias, "largest_logit": logit,
                 "top_pair": pair, "ffn_experts": sent / tokens,
             }  # fmt: skip
             load.append(even_E)
+            copies.append(copies_E)
             top_pair.append(pair_at(int(place)))
             logit_rank.append(int(rank))
-        return Reading(layers, load, top_pair, logit_rank)
+        return Reading(layers, load, top_pair, logit_rank, copies)
 
     def _parts(self, flat: Tensor) -> dict[str, Tensor]:
         """Name -> its view of the vector."""
@@ -161,9 +180,14 @@ class Health:
         return {name: x.view(size) for (name, size), x in zip(self.sizes.items(), pieces, strict=True)}
 
 
+def _kept(layer: MoE) -> Tensor:
+    """(experts,) int64: this rank's assignments to each that were not dropped."""
+    return (layer.load_ME - layer.dropped_ME).sum(0)[: layer.cfg.num_experts]
+
+
 def _rows_sent(layer: MoE, places: int) -> Tensor:
     """(G,) int64: how many assignments of this rank's tokens each rank of the experts' grid computes."""
-    kept_E = (layer.load_ME - layer.dropped_ME).sum(0)[: layer.cfg.num_experts]
+    kept_E = _kept(layer)
     where, span = layer.placement, layer.placement.span
     target_EJ = where.target_EJ(layer.rank, kept_E.device, etp=layer.etp)
     peer_E = target_EJ[:, 0] // (where.num_slots * layer.etp) + layer.rank // span * span

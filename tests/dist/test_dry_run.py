@@ -22,6 +22,7 @@ BIG = MODEL | {
 }  # fmt: skip
 LONG = TRAIN | {"micro_batch": 2, "seq_len": 128, "dtype": "float32"}
 DEEP = BIG | {"num_layers": 4}
+EVERYWHERE = DEEP | {"moe": DEEP["moe"] | {"placement": {"kind": "replicate_all"}}}
 CASES = {
     "dp": (2, {"dp": 2, "ep": 2}, {"sharding": {"accumulate": "sharded"}}),
     "all but pp": (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, {}),
@@ -37,6 +38,12 @@ CASES = {
     "zero-computation experts": (
         2, {"dp": 2, "ep": 2},
         {"model": BIG | {"moe": BIG["moe"] | {"zero_computation": dict.fromkeys(("zero", "copy", "constant", "nulls"), 2)}}},
+    ),
+    "every expert everywhere": (2, {"dp": 2, "ep": 2}, {"model": EVERYWHERE}),
+    "every expert everywhere, level 2": (4, {"dp": 4}, {"model": EVERYWHERE, "sharding": {"experts": 2}}),
+    "every expert everywhere, zbv": (
+        4, {"pp": 2, "dp": 2, "ep": 2},
+        {"pipeline": {"schedule": "zbv"}, "model": EVERYWHERE, "sharding": {"accumulate": "sharded"}},
     ),
 }  # fmt: skip
 
@@ -94,6 +101,7 @@ def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
 
 
 SHARDED = {"accumulate": "sharded"}
+TRAVEL = BIG["moe"] | {"placement": {"kind": "fssdp", "memory": 0.002}}
 REPEATED = {
     "1f1b, recompute": ("1f1b", 1, True, {"recompute": {"mode": "full"}}),
     "interleaved": ("interleaved", 0, True, {"sharding": SHARDED | {"experts": 2}}),
@@ -101,6 +109,8 @@ REPEATED = {
     "zbv": ("zbv", 0, True, {"sharding": SHARDED}),
     "zbv on CPUs": ("zbv", 1, False, {"sharding": SHARDED}),
     "zbv, Muon": ("zbv", 3, True, {"optim": {"kind": "muon"}}),
+    "zbv, experts that travel": ("zbv", 0, True, {"model": {"moe": TRAVEL}, "sharding": SHARDED | {"experts": 2}}),
+    "1f1b, experts that travel": ("1f1b", 1, True, {"model": {"moe": TRAVEL}, "train": {"dtype": "bfloat16"}}),
     "dualpipev": ("dualpipev", 0, True, {}),
     "dualpipev, sharded gradients": ("dualpipev", 0, True, {"sharding": SHARDED}),
     "dualpipev on CPUs": (
@@ -119,7 +129,7 @@ def test_micro_batches_that_are_not_run_again_change_nothing(small_corpus, tmp_p
     schedule, at, gpu, groups = REPEATED[case]
     groups = groups | {"model": BIG | {"num_layers": 8} | groups.get("model", {})}
     cfg = config(
-        small_corpus, tmp_path, train=LONG | {"batch": 64}, layout={"pp": 4, "dp": 2, "ep": 2},
+        small_corpus, tmp_path, train=LONG | {"batch": 64} | groups.pop("train", {}), layout={"pp": 4, "dp": 2, "ep": 2},
         pipeline={"schedule": schedule}, **groups,
     )  # fmt: skip
     few, all_of_them = (apart(fn, cfg, world=8, at=at, gpu=gpu) for fn in (estimate, without_repeats))

@@ -7,6 +7,7 @@ import whole
 from drawn import drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_health_ranks import readings
 from test_train import STEPS, TRAIN, close, config, curve, error, trainer
 from torch import Tensor, nn
 
@@ -99,10 +100,10 @@ TRIALS = drawn(
 def test_random_placements_and_owners_are_the_run_of_one_rank(
     ranks, small_corpus, tmp_path, world, layout, kind
 ) -> None:
-    want = curve(0, 1, small(small_corpus, tmp_path / "one", kind, {}))
+    train = TRAIN | {"micro_batch": 1} if "pp" in layout else TRAIN  # so that there are enough for each schedule
+    want = curve(0, 1, small(small_corpus, tmp_path / "one", kind, {}, train=train))
     schedule = SCHEDULES[sum(map(ord, kind)) % len(SCHEDULES)]
-    cfg = small(
-        small_corpus, tmp_path / "run", kind, layout, pipeline={"schedule": schedule, "chunks": 2}
+    cfg = small(small_corpus, tmp_path / "run", kind, layout, train=train, pipeline={"schedule": schedule, "chunks": 2}
     )
     cfg = with_placement(cfg, Scattered())
     got = ranks(world).run(curve, cfg)
@@ -242,4 +243,34 @@ def sent(rank: int, world: int, cfg) -> list[int]:
         run.step()
     finally:
         comm._exchange, comm.start_all_to_all = exchange, start
+    return found
+
+
+def test_health_counts_replicas_bytes_and_rows(ranks, small_corpus, tmp_path) -> None:
+    """Micro-batches 2, level 3: weights go out for every forward and backward, gradients come back once."""
+    cfg = small(small_corpus, tmp_path / "run", "level 3, accumulated here", {"dp": 2, "ep": 2})
+    cfg = with_placement(replace(cfg, health=replace(cfg.health, enabled=True)), Scattered())
+    got, of_rank = ranks(2).run(readings, cfg), ranks(2).run(placements, cfg)
+    number = 3 * cfg.model.dim * cfg.model.moe.hidden
+    for step in range(STEPS):
+        reading = got[0][step][0]
+        for i, (layer, values) in enumerate(reading.layers.items()):
+            holds_RE, owner_E = (torch.tensor(x) for x in of_rank[0][step][i])
+            copies_E = holds_RE.sum(0) - 1
+            assert reading.copies[i] == copies_E.tolist()
+            assert values["replicas"] == copies_E.sum() > 0
+            assert values["moved"] == pytest.approx(int(copies_E.sum()) * number * 8 * (2 * 2 + 1) / 1e6)
+            rows = [rank[step][1][layer] for rank in got]
+            assert values["overload"] == pytest.approx(max(rows) * 2 / sum(rows))
+            home_R = torch.zeros(2).scatter_add_(0, owner_E, torch.tensor(reading.load[i]))
+            assert values["home_overload"] == pytest.approx((home_R.max() / home_R.mean()).item(), rel=1e-5)
+
+
+def placements(rank: int, world: int, cfg) -> list[list[tuple[list, list]]]:
+    """(holds_RE, owner_E) of each layer after each step."""
+    run, found = trainer(rank, world, cfg), []
+    for _ in range(STEPS):
+        run.step()
+        at = [layer.placement for layer in run.model.moe_layers()]
+        found.append([(p.holds_RE.tolist(), p.owner_E.tolist()) for p in at])
     return found

@@ -65,7 +65,7 @@ def test_every_metric_of_a_known_load() -> None:
     want = {
         "max_violation": 1.0, "smooth_max_violation": 1.0, "variation": math.sqrt(4.5) / 3,
         "entropy": 1.5 * math.log(2) / math.log(4), "dead": 1, "drop_rate": 2 / 12, "overload": 1.0, "bias_norm": 0.5,
-        "largest_logit": 5.5, "top_pair": 0.5, "ffn_experts": 2.0,
+        "largest_logit": 5.5, "top_pair": 0.5, "ffn_experts": 2.0, "home_overload": 1.0, "replicas": 0, "moved": 0.0,
     }  # fmt: skip
     assert found.layers[3] == pytest.approx(want)
     assert want.keys() == METRICS.keys()

@@ -73,21 +73,27 @@ class Prefixes:
 
 
 def everywhere(order_H: Ints, load_E: Floats, owner_E: Ints, costs: Costs, ranks: int) -> Prefixes:
-    """What each prefix of a list of experts costs that every rank holds."""
+    """What each prefix of a list of experts costs that every rank holds. From one to the next one rank's own rows fall:
+    the most are the most of those yet to fall and of what remains. No rank sends more than the busiest one gets."""
     H, R = len(order_H), ranks
-    at = (np.arange(1, H + 1), owner_E[order_H])
-    owned_CR, hot_CR = np.zeros((H + 1, R)), np.zeros((H + 1, R), np.int32)
-    owned_CR[0] = owned(load_E, owner_E, R)
-    owned_CR[at] = -load_E[order_H]
-    hot_CR[at] = 1
-    owned_CR, hot_CR = owned_CR.cumsum(0), hot_CR.cumsum(0)
-    most_C, left_C = owned_CR.max(1), load_E.sum() - np.append(0, load_E[order_H]).cumsum()
-    hops_C = np.maximum(left_C - owned_CR.min(1), (R - 1) * most_C) / R
-    received_C = np.arange(H + 1) - hot_CR.min(1)
-    moved_C = np.maximum(received_C, (R - 1) * hot_CR.max(1))
-    rows_C = most_C + (load_E.sum() - left_C) / R
-    travel_C = np.maximum(costs.expert * moved_C - costs.hidden, 0)
-    return Prefixes(costs.row * rows_C + costs.hop * np.maximum(hops_C, 0) + travel_C, received_C)
+    own = owned(load_E, owner_E, R).tolist()
+    hot, with_count = [0] * R, [R, *[0] * H]  # experts of the list that a rank owns; ranks that own so many
+    before_C, sent_C, received_C = [0.0] * (H + 1), [0], [0]
+    for c, (home, load) in enumerate(zip(owner_E[order_H].tolist(), load_E[order_H].tolist(), strict=True)):
+        before_C[c] = own[home]
+        own[home] -= load
+        with_count[hot[home]] -= 1
+        hot[home] += 1
+        with_count[hot[home]] += 1
+        sent_C.append(max(sent_C[-1], (R - 1) * hot[home]))
+        fewest = c - received_C[-1]
+        received_C.append(c + 1 - fewest - (with_count[fewest] == 0))
+    before_C[H] = max(own)
+    most_C = np.maximum.accumulate(np.array(before_C)[::-1])[::-1]
+    hops_C = np.maximum((R - 1) / R * most_C, 0)
+    travel_C = np.maximum(costs.expert * np.maximum(received_C, sent_C) - costs.hidden, 0)
+    rows_C = most_C + np.append(0, load_E[order_H]).cumsum() / R
+    return Prefixes(costs.row * rows_C + costs.hop * hops_C + travel_C, np.array(received_C))
 
 
 def replicated(
@@ -100,29 +106,27 @@ def replicated(
     (H, R), owner_H, share_H = holds_HR.shape, owner_E[order_H], load_E[order_H] / holds_HR.shape[1]
     expert_X, rank_X = holds_HR.nonzero()
     at_home_R = owned(load_E, owner_E, R) - owned(load_E[order_H], owner_H, R)
-    rows_R = at_home_R + np.bincount(rank_X, share_H[expert_X] * arrivals(holds_HR, node), R)
+    rows_R = at_home_R + np.bincount(rank_X, share_H[expert_X] * arrivals(expert_X, rank_X, H, R, node), R)
     stay_R = at_home_R / R + np.bincount(rank_X, share_H[expert_X], R)
     hops = max(float((load_E.sum() / R - stay_R).max()), float((rows_R - stay_R).max()), 0.0)
     received_R = np.bincount(rank_X, minlength=R) - np.bincount(owner_H, minlength=R)
-    sent_R = np.bincount(owner_H, holds_HR.sum(1) - 1, R)
+    sent_R = np.bincount(owner_H, np.bincount(expert_X, minlength=H) - 1, R)
     travel = costs.expert * max(int(received_R.max()), int(sent_R.max())) - costs.hidden
     return costs.row * float(rows_R.max()) + costs.hop * hops + max(0.0, travel), len(rank_X) - H
 
 
-def arrivals(holds_HR: Bools, node: int) -> Ints:
-    """(X,) for each holder, expert by expert: from how many ranks it gets tokens, itself included.
+def arrivals(expert_X: Ints, rank_X: Ints, H: int, R: int, node: int) -> Ints:
+    """(X,) for each holder, by expert and rank: from how many ranks it gets tokens, itself included.
 
     Holder i of the j in a node gets those of (node - 1 - i) // j others there. A node without one comes up with its
     ranks in a row: ``node`` turns among all c holders, which start at the number of ranks before it that hold none.
     """
-    H, R = holds_HR.shape
     node = min(node or R, R)
-    expert_X, rank_X = holds_HR.nonzero()
-    held_HN = holds_HR.reshape(H, -1, node).sum(2)
+    N, node_X = R // node, rank_X // node
+    held_HN = np.bincount(expert_X * N + node_X, minlength=H * N).reshape(H, N)
     before_HN = held_HN.cumsum(1) - held_HN
     count_H = held_HN.sum(1)
     first_H = count_H.cumsum() - count_H
-    node_X = rank_X // node
     place_X = np.arange(len(rank_X)) - first_H[expert_X] - before_HN[expert_X, node_X]
     near_X = (node - 1 - place_X) // held_HN[expert_X, node_X]
 

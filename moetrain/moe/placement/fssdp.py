@@ -1,8 +1,8 @@
 """Fully sharded sparse data parallelism (Hecate, arXiv 2502.02581): hot experts travel, owners follow the load.
 
-Two plans, both pure functions. ``__call__``, each step and layer: who holds a replica (sparse materialization,
-Algorithm 1). ``owners``, every ``reshard_every`` steps, all layers of a stage together: who owns what (heterogeneous
-sharding, Algorithm 2). R ranks, E experts of a layer, H those that may travel, in descending load.
+Two plans, after the paper's two algorithms. ``__call__``, each step and layer: who holds a replica (1, sparse
+materialization). ``owners``, every ``reshard_every`` steps, all layers of a stage: who owns what (2, heterogeneous
+sharding). R ranks, N nodes, E experts of a layer, H those that may travel, in descending load.
 """
 
 import heapq
@@ -58,41 +58,39 @@ class FSSDP(Following):
         """The least modelled time (``placement/cost.py``) of the candidates, of equal ones the fewest replicas.
 
         Candidates are the k hottest experts on every rank, k = 0 .. E; and as many replicas of each expert as bring its
-        rows on a rank down to a share, for a range of shares. The paper has the t experts on every rank that travel
-        hidden under other work, or replicas in proportion to load if memory is short: both are among them.
+        rows on a rank down to a share, for a range of shares. The paper's are among them, the t experts on every rank
+        that travel hidden under other work; where memory is short, and where an owner would send too many copies, the
+        others are what it does then: replicas in proportion to load.
         """
+        plans = self.candidates(load_E, owner_E, grid, costs)
+        least = min(plan.time for plan in plans)
+        best = min((plan for plan in plans if plan.time <= least * EQUAL), key=lambda plan: plan.replicas)
+        owner, R = owner_E.numpy(), grid.ranks
+        holds_RE = owner == np.arange(R)[:, None]
+        holds_RE[:, best.order_H] = best.holds_HR.T
+        return place(holds_RE, owner, grid, span=R)
+
+    def candidates(self, load_E: Tensor, owner_E: Tensor, grid: Grid, costs: Costs) -> list[Plan]:
+        """The plans that ``__call__`` chooses from; the first is the best of those with the hottest on every rank."""
         load, owner, R = load_E.double().numpy(), owner_E.numpy(), grid.ranks
         order_H = (-load).argsort(kind="stable")[: self.overlap]
         found = everywhere(order_H, load, owner, costs, R)
         time_C = found.time_C[: int((found.received_C <= _room(grid, len(load))).sum())]  # they never get fewer
         k = int((time_C <= time_C.min() * EQUAL).argmax())
-        plans = [Plan(float(time_C[k]), k * (R - 1), order_H[:k], np.ones((k, R), bool))]
-        plans += _shares(order_H, load, owner, grid, costs, beat=plans[0].time)
-        least = min(plan.time for plan in plans)
-        best = min((plan for plan in plans if plan.time <= least * EQUAL), key=lambda plan: plan.replicas)
-        holds_RE = owner == np.arange(R)[:, None]
-        holds_RE[:, best.order_H] = best.holds_HR.T
-        return place(holds_RE, owner, grid, span=R)
+        first = Plan(float(time_C[k]), k * (R - 1), order_H[:k], np.ones((k, R), bool))
+        return [first, *_shares(order_H, load, owner, grid, costs, beat=first.time)]
 
     def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
-        """Each layer's hottest experts, which travel anyhow, fill what the others leave; those are placed layer by
-        layer, heaviest first, on the least loaded rank of the least loaded node. All have as many, within one.
+        """Layer by layer the heaviest expert first on the least loaded rank of the least loaded node, of equal ones the
+        one that owns the fewest. After each layer no rank owns two more than another, over all layers so far.
 
-        Equal loads: ``deal``.
+        Here an expert counts no more than a rank's even part, as what is above that travels. The paper instead leaves
+        out a layer's hottest ones, and lets its light ones crowd on few ranks until the last layers have to fill up
+        the others: by the modelled time that is 2% worse than ``deal`` where this is 7% better. Equal loads: ``deal``.
         """
         if all((load_E == load_E[0]).all() for load_E in loads):
             return deal([len(load_E) for load_E in loads], grid.ranks)
-        hot = self._overlap(grid, costs)
-        load_LE = [load_E.double().numpy() for load_E in loads]
-        order_LE = [(-load).argsort(kind="stable") for load in load_LE]
-        owners = _least_loaded(load_LE, [order_E[hot:] for order_E in order_LE], grid)
-        _fill(owners, [order_E[:hot] for order_E in order_LE], grid.ranks)
-        return [torch.from_numpy(owner_E) for owner_E in owners]
-
-    def _overlap(self, grid: Grid, costs: Costs) -> int | None:
-        """Experts of a layer that travel hidden under other work and that a rank has room for; None: all."""
-        hidden = int(costs.hidden // costs.expert) if costs.expert else None
-        return min((n for n in (self.overlap, hidden, grid.room) if n is not None), default=None)
+        return [torch.from_numpy(owner_E) for owner_E in _shard([load_E.double().numpy() for load_E in loads], grid)]
 
 
 def _room(grid: Grid, experts: int) -> int:
@@ -155,17 +153,18 @@ def _spread(copies_H: Ints, load_H: Floats, owner_H: Ints, rows_R: Floats, grid:
     node = min(grid.node or R, R)
     free_R = np.full(R, _room(grid, H))
     share_H = load_H / (1 + copies_H)
-    rows_R = rows_R - np.bincount(owner_H, load_H - share_H, R)
+    rows_R = np.where(free_R > 0, rows_R - np.bincount(owner_H, load_H - share_H, R), np.inf)  # inf: full
     holds_HR = np.zeros((H, R), bool)
     holds_HR[np.arange(H), owner_H] = True
     for h, (copies, home) in enumerate(zip(copies_H.tolist(), owner_H.tolist(), strict=True)):
-        rows_NR = np.where(free_R > 0, rows_R, np.inf).reshape(-1, node)
-        rows_NR[home // node, home % node] = np.inf
-        order_X = _fewest(rows_NR, home // node, copies)
-        chosen_X = order_X[rows_NR.ravel()[order_X] < np.inf]
-        holds_HR[h, chosen_X] = True
-        free_R[chosen_X] -= 1
+        rows, rows_R[home] = rows_R[home], np.inf
+        chosen_X = _fewest(rows_R.reshape(-1, node), home // node, copies)
+        chosen_X = chosen_X[rows_R[chosen_X] < np.inf]
+        rows_R[home] = rows
         rows_R[chosen_X] += share_H[h]
+        free_R[chosen_X] -= 1
+        rows_R[chosen_X[free_R[chosen_X] == 0]] = np.inf
+        holds_HR[h, chosen_X] = True
     return holds_HR
 
 
@@ -186,51 +185,35 @@ def _fewest(rows_NR: Floats, home: int, count: int) -> Ints:
     return order_NR[np.arange(node) < each_N[:, None]]
 
 
-def _least_loaded(load_LE: list[Floats], cold_LX: list[Ints], grid: Grid) -> list[Ints]:
-    """Owners (E,) of each layer's cold experts, heaviest first; -1 = a hot one."""
+def _shard(load_LE: list[Floats], grid: Grid) -> list[Ints]:
+    """(E,) owners for each layer. Heaps are ordered by what counts of the rows, all of them, experts owned, and id."""
     R = grid.ranks
     node = min(grid.node or R, R)
-    whole, extra = divmod(sum(map(len, load_LE)), R)
-    used_R, used_N = [0] * R, [0] * (R // node)
-    owners = [np.full(len(load_E), -1) for load_E in load_LE]
-    for load_E, cold_X, owner_E in zip(load_LE, cold_LX, owners, strict=True):
-        ranks_N = [[(0.0, used_R[r], r) for r in range(first, first + node)] for first in range(0, R, node)]
-        for ranks in ranks_N:
-            heapq.heapify(ranks)
-        nodes = [(0.0, used_N[n], n) for n in range(R // node)]
-        heapq.heapify(nodes)
-        for e in cold_X.tolist():
+    used_R, used_N, done, owners = [0] * R, [0] * (R // node), 0, []
+    for load_E in load_LE:
+        done += len(load_E)
+        whole = done // R
+        extra = done % R - sum(used > whole for used in used_R)  # how many ranks may still own one more than ``whole``
+        even = float(load_E.sum()) / R
+        ranks_N = [[(0.0, 0.0, used_R[r], r) for r in range(first, first + node)] for first in range(0, R, node)]
+        nodes = [(0.0, 0.0, used_N[n], n) for n in range(R // node)]
+        for heap in (nodes, *ranks_N):
+            heapq.heapify(heap)
+        owner_E = np.empty(len(load_E), np.int64)
+        for e in (-load_E).argsort(kind="stable").tolist():
             while True:
-                node_rows, _, n = nodes[0]
-                ranks = ranks_N[n]
-                while ranks and used_R[ranks[0][2]] >= whole + (extra > 0):
+                ranks = ranks_N[nodes[0][3]]
+                while ranks and ranks[0][2] >= whole + (extra > 0):
                     heapq.heappop(ranks)
                 if ranks:
                     break
                 heapq.heappop(nodes)
-            rows, _, r = ranks[0]
-            extra -= used_R[r] == whole
-            used_R[r] += 1
-            used_N[n] += 1
             load = float(load_E[e])
-            heapq.heapreplace(ranks, (rows + load, used_R[r], r))
-            heapq.heapreplace(nodes, (node_rows + load, used_N[n], n))
-            owner_E[e] = r
+            for heap, used in ((nodes, used_N), (ranks, used_R)):
+                counted, rows, _, at = heap[0]
+                extra -= heap is ranks and used[at] == whole
+                used[at] += 1
+                heapq.heapreplace(heap, (counted + min(load, even), rows + load, used[at], at))
+            owner_E[e] = at
+        owners.append(owner_E)
     return owners
-
-
-def _fill(owners: list[Ints], hot_LX: list[Ints], ranks: int) -> None:
-    """Hot experts into what the cold ones left: in each layer first to the ranks that own the fewest of its hot ones,
-    of those to the ones that own the fewest of all."""
-    whole, extra = divmod(sum(map(len, owners)), ranks)
-    own_R = np.bincount(np.concatenate(owners) + 1, minlength=ranks + 1)[1:]
-    extra -= int((own_R > whole).sum())
-    for owner_E, hot_X in zip(owners, hot_LX, strict=True):
-        hot_R = np.zeros(ranks, np.int64)
-        for e in hot_X.tolist():
-            full_R = own_R >= whole + (extra > 0)
-            r = int(np.lexsort((own_R, hot_R, full_R))[0])
-            owner_E[e] = r
-            extra -= int(own_R[r] == whole)
-            hot_R[r] += 1
-            own_R[r] += 1

@@ -11,6 +11,7 @@ from moetrain.config import UserError, config
 from moetrain.logical import DTypeName
 from moetrain.moe.placement.cost import Bools, Ints
 from moetrain.moe.placement.types import Grid, Placement, PlacementPolicy
+from moetrain.moe.types import LayoutDependence
 
 GiB = 2**30
 
@@ -18,7 +19,6 @@ GiB = 2**30
 class Wire(DTypeName):
     """What replicas' gradients travel in; their owners sum them in the weights' dtype."""
 
-    float32 = "float32"
     bfloat16 = "bfloat16"
 
 
@@ -32,6 +32,15 @@ class Travelling(PlacementPolicy):
     @property
     def travels(self) -> bool:
         return True
+
+    @property
+    def depends_on_layout(self) -> LayoutDependence | None:
+        if self.wire is None:
+            return None
+        return LayoutDependence(
+            "model.moe.placement.wire=bfloat16 rounds the gradients of replicas, of which each layout has others",
+            axes=("dp", "cp", "tp", "ep"), instead="model.moe.placement.wire=null",
+        )  # fmt: skip
 
 
 @config
@@ -79,16 +88,15 @@ class Following(Travelling):
 
 def place(holds_RE: Bools, owner_E: Ints, grid: Grid, *, span: int) -> Placement:
     """(R, E) who holds what -> the placement: a rank's own experts by id, then its replicas by (owner, id)."""
-    R, E = holds_RE.shape
-    slots_RS = np.full((R, int(holds_RE.sum(1).max())), -1)
-    own_RE = owner_E == np.arange(R)[:, None]
-    filled_R1 = np.zeros((R, 1), np.int64)
-    for take_RE, order_E in ((own_RE, np.arange(E)), (holds_RE & ~own_RE, owner_E.argsort(kind="stable"))):
-        take_RE = take_RE[:, order_E]
-        slot_RE = filled_R1 + take_RE.cumsum(1) - 1
-        rank_X, place_X = take_RE.nonzero()
-        slots_RS[rank_X, slot_RE[rank_X, place_X]] = order_E[place_X]
-        filled_R1 = filled_R1 + take_RE.sum(1, keepdims=True)
+    R, order_E = len(holds_RE), owner_E.argsort(kind="stable")
+    rank_X, place_X = holds_RE[:, order_E].nonzero()  # by (rank, owner, expert)
+    expert_X = order_E[place_X]
+    home_X = owner_E[expert_X]
+    count_R, own_R = np.bincount(rank_X, minlength=R), np.bincount(owner_E, minlength=R)
+    earlier_R = np.bincount(rank_X[home_X < rank_X], minlength=R)  # replicas that its own experts move in front of
+    ahead_X = np.where(home_X < rank_X, own_R[rank_X], np.where(home_X == rank_X, -earlier_R[rank_X], 0))
+    slots_RS = np.full((R, int(count_R.max())), -1)
+    slots_RS[rank_X, np.arange(len(rank_X)) - (count_R.cumsum() - count_R)[rank_X] + ahead_X] = expert_X
     return Placement(torch.from_numpy(slots_RS), torch.from_numpy(owner_E), span=span, node=grid.node)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import config
+from moetrain.moe.types import LayoutDependence
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ class Placement:
             peer_RE = torch.where(near_RE < 0, peer_RE, near_RE)
         return torch.where(self.holds_RE, torch.arange(R)[:, None].expand(R, E), peer_RE)
 
+    def peers_of(self, rank: int) -> Tensor:
+        """(E,) int64: that rank's row of ``peer_RE``, without the others."""
+        peer_E = torch.full_like(self.owner_E, -1)
+        for run in (self.span, min(self.node or self.span, self.span), 1):
+            start = rank // run * run
+            holds_XE = self.holds_RE[start : start + run]
+            turn_E = ((~holds_XE[: rank - start + 1]).sum(0) - 1).clamp_min(0) % holds_XE.sum(0).clamp_min(1)
+            holder_E = (holds_XE.cumsum(0) == turn_E + 1).int().argmax(0) + start
+            peer_E = torch.where(holds_XE.any(0), holder_E, peer_E)
+        return peer_E
+
     def slots_of(self, rank: int) -> list[int]:
         """Expert ids in the slots of a rank, in slot order."""
         return [e for e in self.slots_RS[rank].tolist() if e >= 0]
@@ -98,7 +110,7 @@ class Placement:
         """
         table = self._device_tables.get((rank, etp, device))
         if table is None:
-            peer_E = self.peer_RE[rank]
+            peer_E = self.peers_of(rank)
             slot_E1 = (self.slots_RS[peer_E] == torch.arange(len(peer_E))[:, None]).int().argmax(1, keepdim=True)
             peer_E1 = peer_E[:, None] % self.span
             table = (peer_E1 * etp + torch.arange(etp)) * self.num_slots + slot_E1
@@ -128,6 +140,10 @@ class PlacementPolicy(ABC):
     def travels(self) -> bool:
         """Whether experts travel: each has one owner among all ranks of the stage, where all of its state lies."""
         return False
+
+    @property
+    def depends_on_layout(self) -> LayoutDependence | None:
+        return None
 
     def span(self, grid: Grid) -> int:
         """How many consecutive ranks of the grid tokens travel among."""
