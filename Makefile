@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 BOOT := $(or $(PYTHON),python3)
 INSTALL = $(BOOT) launch/install.py --venv "$(VENV)" --python "$(PYTHON)" --torch "$(TORCH)"
 
-.PHONY: help install train test verified verified-pipelines balance-study check-python
+.PHONY: help install train test verified verified-pipelines verified-fssdp balance-study check-python
 
 help:
 	@echo "make train    install if needed, then train the quickstart   (ARGS=... go to moetrain train)"
@@ -100,6 +100,34 @@ verified-pipelines: install
 	  --case 'float64@4,8 pp=2/4: train.dtype=float64 pipeline.schedule=dualpipev model.num_layers=4' \
 	  --case 'bfloat16@4,8 pp=2/3: train.dtype=bfloat16 pipeline.schedule=zbv model.num_layers=4' \
 	  --write docs/verified.md --append $(ARGS)
+
+# Experts that travel, over samples of the layouts of 2 to 16 ranks, with and without a pipeline.
+verified-fssdp: install
+	@$(PY) -m moetrain verify experiment=verified train.batch=16 placement=fssdp --all-layouts 8 --timeout 300 \
+	  --case 'fssdp@8 pp=1/24:' \
+	  --case 'fssdp, few ranks@2,4 pp=1/6:' \
+	  --case 'shadow@8 pp=1/6: placement=shadow' \
+	  --case 'replicate_all@8 pp=1/8: placement=replicate_all' \
+	  --case 'float64@8 pp=1/8: train.dtype=float64' \
+	  --case 'bfloat16@8 pp=1/6: train.dtype=bfloat16' \
+	  --case 'level 2@8 pp=1/6: sharding.experts=2' \
+	  --case 'gradients reduced each time@8 pp=1 dp=1,2/6: sharding.accumulate=sharded train.micro_batch=4' \
+	  --case 'recompute full@8 pp=1/5: recompute.mode=full' \
+	  --case 'recompute moe@8 pp=1/5: recompute.mode=selective recompute.parts=[norm,moe]' \
+	  --case 'capacity that drops@8 pp=1/6: dispatcher=capacity model.moe.dispatcher.factor=1' \
+	  --case 'all-gather@8 pp=1/5: dispatcher=allgather' \
+	  --case 'Muon@8 pp=1/5: optim=muon' \
+	  --case 'calibrated@8 pp=1/6: model.moe.placement.calibrate=true' \
+	  --case '1f1b@4,8 pp=2/5: pipeline.schedule=1f1b model.num_layers=4' \
+	  --case 'interleaved@4,8 pp=2/5: pipeline.schedule=interleaved model.num_layers=4' \
+	  --case 'zbv@4,8 pp=2/5: pipeline.schedule=zbv model.num_layers=4' \
+	  --case 'dualpipev@4,8 pp=2/5: pipeline.schedule=dualpipev model.num_layers=4' \
+	  --case 'zbv, recompute, level 2@8 pp=2/4: pipeline.schedule=zbv model.num_layers=4 recompute.mode=full sharding.experts=2' \
+	  --case 'dualpipev, calibrated@8 pp=2/4: pipeline.schedule=dualpipev model.num_layers=4 model.moe.placement.calibrate=true' \
+	  --case 'sixteen@16 pp=1/6:' \
+	  --case '1f1b, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=1f1b model.num_layers=4' \
+	  --case 'dualpipev, five dimensions@16 pp=2 dp=2 cp=2 tp=2 ep=2,4,8 etp=1,2: pipeline.schedule=dualpipev model.num_layers=4' \
+	  --write docs/verified-fssdp.md $(ARGS)
 
 # Seven ways of balancing, three seeds each; a run that is done is not run again, so that the same command continues.
 balance-study: check-python

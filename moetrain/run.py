@@ -22,7 +22,8 @@ from moetrain.telemetry.alerts import Action, Alerts
 from moetrain.telemetry.hardware import peak_flops
 from moetrain.telemetry.health import Health, Reading
 from moetrain.telemetry.load_picture import draw, heat_map
-from moetrain.telemetry.sinks import Bar, Metrics, close_log, open_log
+from moetrain.telemetry.load_trace import LoadTrace
+from moetrain.telemetry.sinks import Bar, Series, close_log, open_log
 from moetrain.train import StepResult, Trainer
 from moetrain.world import World
 
@@ -109,7 +110,7 @@ class _Loop:
         cfg = trainer.cfg
         self.trainer, self.cfg, self.log = trainer, cfg, log
         self.main = trainer.world.main
-        self.metrics = Metrics(cfg.run.folder / "metrics.jsonl", resume_at=trainer.steps) if self.main else None
+        self.metrics = Series(cfg.run.folder / "metrics.jsonl", resume_at=trainer.steps) if self.main else None
         shown = self.main and cfg.logging.progress
         self.bar = Bar(total=cfg.train.steps, done=trainer.steps, shown=shown)
         self.pending: list[tuple[dict[str, Any], StepResult]] = []
@@ -117,6 +118,11 @@ class _Loop:
         self.peak = peak_flops(trainer.world.device, trainer.dtype)
         self.terms = list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
         self.moe_layers = dict(zip(cfg.model.moe_layers, cfg.model.moe_configs, strict=True))
+        traced = self.main and cfg.logging.load_trace and bool(self.moe_layers)
+        tokens = cfg.train.batch * cfg.train.seq_len
+        self.trace = (
+            LoadTrace(cfg.run.folder, self.moe_layers, tokens=tokens, resume_at=trainer.steps) if traced else None
+        )
         healthy = bool(self.moe_layers) and cfg.health.enabled
         self.health = Health(cfg.health, layers=self.moe_layers, mesh=trainer.mesh) if healthy else None
         self.alerts = Alerts(cfg.health.alerts)
@@ -175,6 +181,8 @@ class _Loop:
         self._check_finite(records, reading)
         if self.metrics:
             self.metrics.write(records)
+        if self.trace:
+            self.trace.write([r["step"] for r in records], [result.load_LE for _, result in self.pending])
         mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
         words = f"loss {last['loss']:.4f}, {rate:,.0f} tokens/s{mfu}"
         self.log.info(
@@ -269,8 +277,9 @@ class _Loop:
 
     def close(self) -> None:
         self.bar.close()
-        if self.metrics:
-            self.metrics.close()
+        for series in (self.metrics, self.trace):
+            if series:
+                series.close()
 
     def _by_layer(self, x_LE: Tensor) -> list[tuple[int, list]]:
         """Of each MoE layer its number and the numbers of its experts, on the host."""

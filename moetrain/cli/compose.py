@@ -228,6 +228,6 @@ def _options(group: str) -> set[str]:
 
 
 def _all_keys() -> list[str]:
-    groups = [p.name for p in folder().iterdir() if p.is_dir()] + list(OPTIONS)
+    groups = [p.name for p in folder().iterdir() if p.is_dir() and p.name != "cluster"] + list(OPTIONS)
     balance = [f"model.moe.balance.{n}.{k}" for n, cls in OPTIONS["balance"].items() for k in keys(cls())]
     return keys(Config()) + groups + balance

@@ -11,6 +11,7 @@ COMMANDS = {
     "data": "tokenize text, inspect a corpus",
     "verify": "prove that a layout is the same run as one rank",
     "memory": "foretell the bytes of a rank, for any layout, without a GPU",
+    "fssdp-sim": "price placement policies on a cluster that is not here",
     "layout": "print who sits where in a layout, list the legal ones",
     "report": "make a page of a run's loss, balance and drops",
 }
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: moetrain COMMAND ...\n")
-        print("\n".join(f"  {name:8} {words}" for name, words in COMMANDS.items()))
+        print("\n".join(f"  {name:9} {words}" for name, words in COMMANDS.items()))
         print("\nmoetrain COMMAND --help says more.")
         return 0 if argv else 2
     try:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})"
             )
-        return importlib.import_module(f"moetrain.cli.{argv[0]}").main(argv[1:])
+        return importlib.import_module(f"moetrain.cli.{argv[0].replace('-', '_')}").main(argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,23 @@ from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import Following, Travelling
 from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
 from moetrain.moe.travel import Replicas, Trip
-from moetrain.optim import Optimizer
 from moetrain.parallel.data import Accumulate, ShardingConfig
 from moetrain.parallel.measure import Stopwatch, costs
 from moetrain.parallel.plan import Plan
 
 _WEIGHTS = ("gate_up", "down")
+
+
+class Moves(Protocol):
+    """An optimizer whose parameters may come to lie elsewhere."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]: ...
+
+    def replace(self, name: str, storage: Tensor) -> None: ...
+
+    def moved(self) -> None: ...
+
+
 _MEASURED = 2
 """The step of a life that costs are measured in: the first one warms up."""
 
@@ -106,7 +117,7 @@ class Mover:
         self._plan(0)
         self._install(self._planned[0].result())
 
-    def begin_step(self, step: int, optimizer: Optimizer) -> None:
+    def begin_step(self, step: int, optimizer: Moves) -> None:
         n = self.policy.reshard_every if isinstance(self.policy, FSSDP) else 0
         if n and step and step % n == 0:
             self._wait()
@@ -195,7 +206,7 @@ class Mover:
         """The costs that placements are planned by, and the layout that they hold for."""
         return {"layout": self._layout, "costs": None if self.costs is None else vars(self.costs)}
 
-    def restore(self, step: int, optimizer: Optimizer, *, measured: dict[str, Any] | None = None) -> None:
+    def restore(self, step: int, optimizer: Moves, *, measured: dict[str, Any] | None = None) -> None:
         """After ``tensors`` were loaded in place, before ``step``: owners are those that they imply.
 
         ``measured``: by the run that saved them; costs of the same layout are not measured again.
@@ -211,7 +222,7 @@ class Mover:
         loads = [self.settled_LE[i, :E].double() / self.window for i, E in zip(self.at, self.sizes, strict=True)]
         return self.policy.owners(loads, self.grid, self.costs or FREE)
 
-    def _settle(self, optimizer: Optimizer) -> None:
+    def _settle(self, optimizer: Moves) -> None:
         owners = self._owners()
         moved = [int((new != old).sum()) for new, old in zip(owners, self.owners, strict=True)]
         for layer, old_E, new_E, some in zip(self.layers, self.owners, owners, moved, strict=True):
@@ -223,7 +234,7 @@ class Mover:
             optimizer.moved()
 
     @torch.no_grad()
-    def _hand_over(self, layer: MoE, old_E: Tensor, new_E: Tensor, optimizer: Optimizer) -> None:
+    def _hand_over(self, layer: MoE, old_E: Tensor, new_E: Tensor, optimizer: Moves) -> None:
         """Bring each expert's weights and optimizer state to its new owner, bit for bit."""
         experts, ranks = layer.experts, range(self.grid.ranks)
         mine, next_ = ((owner_E == self.rank).nonzero().flatten() for owner_E in (old_E, new_E))

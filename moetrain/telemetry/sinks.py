@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ class LoggingConfig:
     every: int = 10  # steps between looks at the device (the only host syncs of a dense step)
     progress: bool = True  # a progress bar where the console is a terminal
     heat_map: bool = True  # at the end a picture of layers x experts, likewise
+    load_trace: bool = False  # the load of every expert in every step, to loads.jsonl
 
 
 def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:
@@ -73,13 +75,18 @@ class Bar:
             self._bar.stop()
 
 
-class Metrics:
-    """``metrics.jsonl``: one record a step, and one a validation. Steps that a resumed run repeats are written once."""
+class Series:
+    """A file of JSON lines, maybe after a header. Steps that a resumed run repeats are written once."""
 
-    def __init__(self, path: Path, *, resume_at: int) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_at]
+    def __init__(self, path: Path, *, resume_at: int, header: dict[str, Any] | None = None) -> None:
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        with temporary.open("w") as file:
+            if header is not None:
+                file.write(json.dumps(header) + "\n")
+            for line in _whole_lines(path):
+                step = json.loads(line).get("step")
+                if step is not None and step <= resume_at:
+                    file.write(line)
         os.replace(temporary, path)
         self._file = path.open("a")
 
@@ -91,8 +98,8 @@ class Metrics:
         self._file.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> Iterator[str]:
     """Lines of a file that may have been cut in the middle of its last one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    if path.exists():
+        with path.open() as file:
+            yield from (line for line in file if line.endswith("}\n"))

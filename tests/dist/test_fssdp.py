@@ -66,6 +66,9 @@ KINDS = {
     "level 2, reduced each time": {"sharding": {"accumulate": "sharded", "experts": 2}},
     "recomputed": {"recompute": {"mode": "full"}},
     "recomputed in parts": {"recompute": {"mode": "selective", "parts": ["norm", "moe"]}},
+    "calibrated": {"sharding": {"experts": 2}},
+    "calibrated, recomputed": {"recompute": {"mode": "full"}},
+    "calibrated, reduced each time": {"sharding": {"accumulate": "sharded"}},
     "Muon": {"optim": {"kind": "muon", "lr": 1e-2}},
     "frozen experts": {"optim": {"freeze": ["*.experts.*"]}},
     "capacity": {"model": {"dispatcher": {"kind": "capacity", "factor": 1.0}}},
@@ -105,7 +108,7 @@ def test_random_placements_and_owners_are_the_run_of_one_rank(
     schedule = SCHEDULES[sum(map(ord, kind)) % len(SCHEDULES)]
     cfg = small(small_corpus, tmp_path / "run", kind, layout, train=train, pipeline={"schedule": schedule, "chunks": 2}
     )
-    cfg = with_placement(cfg, Scattered())
+    cfg = with_placement(cfg, Scattered(calibrate=kind.startswith("calibrated")))
     got = ranks(world).run(curve, cfg)
     assert all(g == got[0] for g in got), "ranks agree"
     close(got[0], want)
@@ -113,6 +116,23 @@ def test_random_placements_and_owners_are_the_run_of_one_rank(
     for name, tensor in whole.tensors(whole.newest(cfg.run.folder)).items():
         if name in saved:
             assert error(tensor, saved[name]) < 1e-9, f"{name} after {STEPS} steps"
+
+
+def test_calibration_is_counted(ranks, small_corpus, tmp_path) -> None:
+    cfg = small(small_corpus, tmp_path / "run", "calibrated", {"dp": 2, "ep": 2})
+    syncs, accepted, seconds = ranks(2).run(calibrations, with_placement(cfg, Scattered(calibrate=True)))[0]
+    assert syncs == STEPS * 3 * 2, "a step has three MoE layers and two micro-batches"
+    assert 0 < accepted < syncs
+    assert seconds > 0
+
+
+def calibrations(rank: int, world: int, cfg) -> tuple[int, int, float]:
+    run = trainer(rank, world, cfg)
+    for _ in range(STEPS):
+        run.step()
+    assert run.mover is not None
+    done = run.mover.calibrations
+    return done.syncs, done.accepted, done.seconds
 
 
 def moves(rank: int, world: int, cfg, steps: int) -> list[tuple[int, int]]:

@@ -39,13 +39,13 @@ LAYOUTS = {
     "pp2 interleaved with ep4": Layout(pp=2, dp=4, ep=4),
     "capacity, accumulation 2": Layout(dp=4, ep=2),  # which drops, unless the case is a dispatcher
 }
-DEPEND = ("scope=local", "scope=global_buffered")  # on the layout, by their own word
+DEPEND = ("scope=local", "scope=global_buffered", "wire=bfloat16")  # on the layout, by their own word
 
 
 def options() -> dict[str, dict]:
     """Case -> what it sets: every option of every group, every word that one of its keys may be, and the rest."""
     found = {}
-    for group in ("router", "gate", "balance", "dispatcher"):
+    for group in ("router", "gate", "balance", "dispatcher", "placement"):
         for name, cls in OPTIONS[group].items():
             hints, first = typing.get_type_hints(cls), {"kind": name} | NEEDS.get(name, {})
             words = [(k, e.value) for k, x in hints.items() if isinstance(x, type) and issubclass(x, Enum) for e in x]
@@ -64,6 +64,9 @@ def options() -> dict[str, dict]:
         node = {"kind": router} | NEEDS.get(router, {})
         found[f"rounding of {router}"] = {"router": node, "rounding": {"multiple": 3}}
     found |= {f"zero computation: {kind}": {"zero_computation": {kind: 2}} for kind in KINDS}
+    found["experts that travel, calibrated"] = {"placement": {"kind": "fssdp", "calibrate": True}}
+    found["experts that travel, little room"] = {"placement": {"kind": "fssdp", "memory": 3e-5}}
+    found["placement=fssdp wire=bfloat16"] = {"placement": {"kind": "fssdp", "wire": "bfloat16"}}
     found["residual MoE"] = {"residual": True, "shared_gate": False, "router": {"kind": "topk"} | ONE}
     found["pyramid"] = {"per_layer": {"experts": [8, 8, 16], "top_k": [1, 2, 2]}, "router": {"kind": "topk"} | PLAIN}
     found["early top-k"] = {"per_layer": {"early_top_k": [4, 3], "early_steps": 2}}

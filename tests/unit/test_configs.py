@@ -16,7 +16,11 @@ from moetrain.model.flops import size
 from moetrain.model.transformer import Transformer
 from moetrain.moe.routers.topk import Score
 
-YAMLS = sorted(p.relative_to(folder()).with_suffix("") for p in folder().glob("*/*.yaml") if p.parent.name != "sweep")
+YAMLS = sorted(
+    p.relative_to(folder()).with_suffix("")
+    for p in folder().glob("*/*.yaml")
+    if p.parent.name not in ("sweep", "cluster")
+)
 NEEDS = {"data/folder": ["data.corpora.text.path=/x"]}
 
 

@@ -378,11 +378,11 @@ def test_fewer_experts_than_ranks() -> None:
 
 def test_room_is_what_memory_holds() -> None:
     GiB = 2**30
-    assert room(FSSDP(memory=4.0), GiB // 4, layers=2) == 8
+    assert room(FSSDP(memory=4.0), GiB // 2, layers=2) == 8
     assert room(FSSDP(), GiB, layers=2) is None
     assert room(Static(), GiB, layers=2) is None
-    with pytest.raises(UserError, match=r"model\.moe\.placement\.memory=1\.5: one replica .* 2 layers takes 2 GiB"):
-        room(Shadow(memory=1.5), GiB, layers=2)
+    with pytest.raises(UserError, match=r"model\.moe\.placement\.memory=1\.5: one replica .* 2 MoE layers takes 2 GiB"):
+        room(Shadow(memory=1.5), 2 * GiB, layers=2)
 
 
 @pytest.mark.parametrize(
@@ -404,3 +404,11 @@ def test_owner_maps_that_cannot_be(owners: list[list[int]], says: str) -> None:
 
 def test_overload_of_no_load_is_one() -> None:
     assert Modelled(0.0, 0.0, 0.0, 0, 0, 0.0, 0.0, 0.0).overload == 1
+
+
+@given(case=cases())
+@settings(max_examples=30, deadline=None)
+def test_a_rank_knows_its_peers_without_the_others(case) -> None:
+    load_E, owner_E, grid, costs = case
+    placement = FSSDP()(load_E, owner_E, grid, costs)
+    assert torch.equal(torch.stack([placement.peers_of(r) for r in range(grid.ranks)]), placement.peer_RE)

@@ -11,7 +11,7 @@ FLOORS = [
     {"model"},
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
     {"job", "evaluate", "train", "run"},
-    {"verify", "memory", "report"},
+    {"verify", "memory", "report", "simulate"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other
