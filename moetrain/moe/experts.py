@@ -15,11 +15,17 @@ class Experts(nn.Module):
 
     rerun_activation: bool = False  # in backward, rather than keep it
     replicas: Replicas | None = None  # what is computed with, where some experts travel; None: what is owned
+    calibrated: tuple[Replicas, ...] = ()  # the same of single micro-batches that have their own
 
     def __init__(self, num_owned: int, *, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_owned, 2, hidden, dim))
         self.down = nn.Parameter(torch.empty(num_owned, dim, hidden))
+
+    @property
+    def sent(self) -> int:
+        """Bytes of experts and of their gradients that this rank has sent in the step."""
+        return sum(x.sent for x in (self.replicas, *self.calibrated) if x is not None)
 
     def prefetch(self) -> None:
         """Experts that travel to this rank may set out: they are needed soon."""

@@ -19,7 +19,10 @@ def place(model: Transformer, mesh: Mesh, grid: Grid, *, dtype: torch.dtype) -> 
     rank, part = mesh.index("moe", "edp", "ep"), mesh.index("moe", "etp")
     group = _rows_group(model.cfg, mesh, grid)
     with torch.device("cpu"):
-        owners = policy.owners([torch.zeros(layer.cfg.num_experts) for layer in layers], grid, FREE)
+        sizes = [layer.cfg.num_experts for layer in layers]
+        owners = policy.owners([torch.zeros(E) for E in sizes], grid, FREE)
+        if policy.travels:
+            travelling.check_owners(owners, sizes, grid.ranks)
     plan: Plan = {}
     for layer, owner_E in zip(layers, owners, strict=True):
         layer.place(grid, etp=n.etp, rank=rank, group=group, owner_E=owner_E)

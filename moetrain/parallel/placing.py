@@ -26,7 +26,7 @@ from moetrain.model.transformer import Stage, Transformer
 from moetrain.moe.layer import MoE
 from moetrain.moe.placement.cost import modelled
 from moetrain.moe.placement.fssdp import FSSDP
-from moetrain.moe.placement.travelling import Following, Travelling
+from moetrain.moe.placement.travelling import Following, Travelling, check_owners
 from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
 from moetrain.moe.travel import Replicas, Trip
 from moetrain.parallel.data import Accumulate, ShardingConfig
@@ -81,6 +81,7 @@ class Mover:
         """``model``: its experts are those that ``policy`` gives this rank while no load is known."""
         self.model, self.plan, self.policy, self.grid = model, plan, policy, grid
         self.costs: Costs | None = None  # until they are measured nobody travels
+        self._known_from = 0  # the first step that is planned by them
         self.window = policy.window if isinstance(policy, Following) else 1
         self.wire = policy.wire.torch if isinstance(policy, Travelling) and policy.wire else None
         self.sharding, self.dtype, self.staged = sharding, dtype, mesh.layout.pp > 1
@@ -100,13 +101,12 @@ class Mover:
         self._planned: dict[int, Future[Planned]] = {}
         self._copied: torch.cuda.Event | None = None
         self.now: Planned | None = None
-        self._own: dict[int, list[Replicas]] = {}  # layer -> those of single micro-batches
         self.calibrations = Calibrations()
         if isinstance(policy, FSSDP) and policy.calibrate:
             for layer in self.layers:
                 layer.calibrate = partial(self._calibrate, layer)
         self.news: list[str] = []  # lines for the log
-        self._layout = str(mesh.layout)
+        self._layout, self._etp = str(mesh.layout), mesh.layout.etp
         self._pinned = policy.costs.values if isinstance(policy, Following) else {}
         self._watch: Stopwatch | None = None
         self._steps = 0  # of this life
@@ -139,11 +139,11 @@ class Mover:
             self._copied = torch.cuda.Event()
             self._copied.record()
         if self._watch is not None:
-            self._measure(self._watch)
+            self._measure(self._watch, step)
             self._watch = None
         self._plan(step + 2)
 
-    def _measure(self, watch: Stopwatch) -> None:
+    def _measure(self, watch: Stopwatch, step: int) -> None:
         watch.stop()
         gathers, reduces = self._trips()
         found = costs(
@@ -151,6 +151,7 @@ class Mover:
             gathers=gathers, reduces=reduces,
         )  # fmt: skip
         self._know(found)
+        self._known_from = step + 2
         words = " ".join(
             f"model.moe.placement.costs.{name}={value:g}" for name, value in vars(self.costs or found).items()
         )
@@ -204,7 +205,8 @@ class Mover:
 
     def measured(self) -> dict[str, Any]:
         """The costs that placements are planned by, and the layout that they hold for."""
-        return {"layout": self._layout, "costs": None if self.costs is None else vars(self.costs)}
+        costs = None if self.costs is None else vars(self.costs)
+        return {"layout": self._layout, "costs": costs, "from": self._known_from}
 
     def restore(self, step: int, optimizer: Moves, *, measured: dict[str, Any] | None = None) -> None:
         """After ``tensors`` were loaded in place, before ``step``: owners are those that they imply.
@@ -213,6 +215,7 @@ class Mover:
         """
         if self.costs is None and measured and measured["layout"] == self._layout and measured["costs"]:
             self._know(Costs(**measured["costs"]))
+            self._known_from = measured["from"]
         self._settle(optimizer)
         self._planned.clear()
         self._plan(step)
@@ -220,7 +223,9 @@ class Mover:
 
     def _owners(self) -> list[Tensor]:
         loads = [self.settled_LE[i, :E].double() / self.window for i, E in zip(self.at, self.sizes, strict=True)]
-        return self.policy.owners(loads, self.grid, self.costs or FREE)
+        owners = self.policy.owners(loads, self.grid, self.costs or FREE)
+        check_owners(owners, self.sizes, self.grid.ranks)
+        return owners
 
     def _settle(self, optimizer: Moves) -> None:
         owners = self._owners()
@@ -263,7 +268,7 @@ class Mover:
 
     def _plan(self, step: int) -> None:
         """Begin to plan the placements of ``step``, from the loads up to two steps before it."""
-        owners, copied, known = self.owners, self._copied, self.costs
+        owners, copied, known = self.owners, self._copied, self.costs if step >= self._known_from else None
 
         def planned() -> Planned:
             if copied is not None:
@@ -274,6 +279,8 @@ class Mover:
                 self.place(window_LE[i, :E], owner_E, known or FREE)
                 for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
             ]
+            for placement in placements:  # made here, found later
+                placement.target_EJ(self.rank, torch.device("cpu"), etp=self._etp)
             trips = [Trip.of(placement, self.rank) for placement in placements]
             return Planned(placements, trips, time.perf_counter() - since)
 
@@ -292,7 +299,7 @@ class Mover:
         self.now, before = planned, dict[Stage, Replicas]()
         for layer, placement, trip in zip(self.layers, planned.placements, planned.trips, strict=True):
             experts, now = layer.experts, layer.experts.replicas
-            self._own[layer.layer] = []
+            experts.calibrated = ()
             stage = next(stage for stage in self.model.stages if layer.layer in stage.layers)
             layer.placement = placement
             owned = (experts.gate_up, experts.down)
@@ -328,7 +335,7 @@ class Mover:
             return None
         replicas = self._made(layer, Trip.of(placement, self.rank))
         replicas.last = replicas.reduces = True
-        self._own[layer.layer].append(replicas)
+        layer.experts.calibrated += (replicas,)
         return placement, replicas
 
     def _trips(self) -> tuple[int, int]:
@@ -339,7 +346,7 @@ class Mover:
 
     def _replicas(self, stage: Stage | None = None) -> list[Replicas]:
         layers = [x for x in self.layers if stage is None or x.layer in stage.layers]
-        return [r for x in layers for r in (x.experts.replicas, *self._own[x.layer]) if r is not None]
+        return [r for x in layers for r in (x.experts.replicas, *x.experts.calibrated) if r is not None]
 
     def _wait(self) -> None:
         """Until every load is on the host."""

@@ -118,9 +118,9 @@ class Health:
             parts["logit"][i, self.mesh.rank] = watch.logit_M.amax()
             parts["rows"][i] = _rows_sent(layer, parts["rows"].shape[1])
             if self.travels:
-                at, replicas = layer.placement, layer.experts.replicas
+                at = layer.placement
                 parts["home"][i].scatter_add_(0, at.owner_E.to(flat.device), _kept(layer).double())
-                parts["moved"][i] = 0 if replicas is None else replicas.sent / 1e6
+                parts["moved"][i] = layer.experts.sent / 1e6
                 if layer.rank == 0 and self.mesh.index("moe", "etp") == 0:
                     parts["copies"][i, : layer.cfg.num_experts] = at.holds_RE.sum(0) - 1
             if parts["pairs"].shape[1]:

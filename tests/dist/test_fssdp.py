@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain import comm
 from moetrain.config import config as config_node
-from moetrain.config import replace
+from moetrain.config import UserError, replace
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.moe.placement.fssdp import FSSDP
@@ -212,6 +212,18 @@ def trips(draw):
 @given(case=trips())
 def test_gather_and_reduce_scatter_of_any_placement(ranks, case) -> None:
     assert all(ranks(case[0]).run(there_and_back, *case[1:]))
+
+
+@config_node
+class Lossy(Scattered):
+    def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
+        return [owner_E[:-1] for owner_E in super().owners(loads, grid, costs)]
+
+
+def test_an_owner_map_that_misses_an_expert_is_refused_before_the_first_step(small_corpus, tmp_path) -> None:
+    cfg = with_placement(small(small_corpus, tmp_path / "run", "recomputed", {}), Lossy())
+    with pytest.raises(UserError, match=r"the owner map of the stage's MoE layer 0 misses experts \[7\] of 8"):
+        trainer(0, 1, cfg)
 
 
 def there_and_back(rank: int, world: int, owner: list[int], seed: int, part: float, keep: bool, low: bool) -> bool:

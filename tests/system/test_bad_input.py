@@ -54,6 +54,27 @@ CASES = {
         "dispatcher=capacity model.moe.dispatcher.drop=probs",
         "expected one of [position, probability, random]",
     ),
+    "a memory budget too small for any replica": (
+        "placement=fssdp model.moe.placement.memory=1e-6 layout.ep=2",
+        "model.moe.placement.memory=1e-06: one replica in each of a rank's 2 MoE layers takes",
+    ),
+    "experts fewer than the ranks that own them": (
+        "placement=fssdp layout.dp=16 layout.ep=4",
+        "the 8 experts of a stage's 2 MoE layers are fewer than its edp*ep=16 ranks",
+    ),
+    "no load to plan from": ("placement=shadow model.moe.placement.window=0", "placement.window=0: replicas follow"),
+    "a negative cost": (
+        "placement=fssdp model.moe.placement.costs.row=-1",
+        "costs.row=-1.0: microseconds have to be 0",
+    ),
+    "a negative number of travelling experts": (
+        "placement=fssdp model.moe.placement.overlap=-1",
+        "model.moe.placement.overlap=-1: so many experts of a layer travel at the most",
+    ),
+    "a gradient's dtype that there is not": (
+        "placement=replicate_all model.moe.placement.wire=float16",
+        "expected one of [bfloat16]",
+    ),
     "a negative number of ranks on a node": (
         "dispatcher=hierarchical model.moe.dispatcher.ranks_per_node=-1",
         "ranks_per_node=-1: has to be at least 1, or 0",

@@ -110,12 +110,16 @@ class Placement:
         Peers are the ranks of its span, each ``etp`` times: J = etp ranks hold a slice of an expert's width each.
         """
         table = self._device_tables.get((rank, etp, device))
+        if table is None and device.type != "cpu":
+            self._device_tables[rank, etp, device] = table = self.target_EJ(rank, torch.device("cpu"), etp=etp).to(
+                device
+            )
         if table is None:
             peer_E = self.peers_of(rank)
             slot_E1 = (self.slots_RS[peer_E] == torch.arange(len(peer_E))[:, None]).int().argmax(1, keepdim=True)
             peer_E1 = peer_E[:, None] % self.span
             table = (peer_E1 * etp + torch.arange(etp)) * self.num_slots + slot_E1
-            self._device_tables[rank, etp, device] = table = table.to(device)
+            self._device_tables[rank, etp, device] = table
         return table
 
 
