@@ -134,6 +134,14 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
+def ranks_a_processor(device: torch.device) -> float:
+    """How many ranks of this machine take turns on one core, each of their threads counted, or on one GPU."""
+    if device.type == "cuda":
+        return max(1.0, ranks_here() / torch.cuda.device_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1.0, ranks_here() * torch.get_num_threads() / cores)
+
+
 def on_cpu(at: Tensor | torch.device) -> bool:
     """Whether the code for CPUs runs there. A dry run (``memory/``), whose tensors are nowhere, answers for a GPU."""
     return (at.device if isinstance(at, Tensor) else at).type == "cpu"

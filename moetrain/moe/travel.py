@@ -4,9 +4,9 @@ gradients back.
     SparseAllGather       owners' weights -> (S, n): a row for each slot of this rank, its own first
     SparseReduceScatter   gradients of replicas -> their owners, who add them to their own in order of rank
 
-Each is one uneven all-to-all over the grid's ranks in which an expert is one row of all its weights, and nothing where
-a placement has no replica. The gathered weights are leaves of autograd whose storage comes and goes, like FSDP2's: a
-backward leaves gradients at them, which are reduced when the step says so, after a micro-batch or after the last.
+Each is an uneven all-to-all over the grid's ranks, of gradients one for each weight, and nothing where a placement has
+no replica. The gathered weights are leaves of autograd whose storage comes and goes, like FSDP2's: a backward leaves
+gradients at them, which are reduced when the step says so, after a micro-batch or after the last.
 """
 
 import math
@@ -72,9 +72,9 @@ class _Returning:
     """Gradients on their way to their owners."""
 
     own: list[Tensor]
-    back: Tensor  # (N, n) what comes
-    work: dist.Work | None
-    away: Tensor  # what goes, alive until it has gone
+    back: list[Tensor]  # (N, ...) what comes, of each weight; none where nobody travels
+    work: list[dist.Work | None]
+    away: list[Tensor]  # what goes, alive until it has gone
 
 
 @dataclass(eq=False)
@@ -200,15 +200,17 @@ class Replicas:
             found, self.sums = self.sums, None
         else:
             found = self._taken()
-        k, slots = self.trip.owned, self.trip.slots
-        own = [g[:k].to(p.dtype, copy=len(g) > k) for g, p in zip(found, self.owned, strict=True)]
-        away = torch.cat([g[k:slots].flatten(1) for g in found], 1) if self.trip.travels else found[0].new_empty(0, 1)
-        if self.wire is not None:
-            away = away.to(self.wire)
-        back, work = away.new_empty(len(self.trip.out), away.shape[1]), None
-        if self.trip.travels:
-            self.sent += away.nbytes
-            work = comm.start_all_to_all(back, away, recv=self.trip.send, send=self.trip.recv, group=self.group)
+        k, slots, trip = self.trip.owned, self.trip.slots, self.trip
+        # parts of what lies there, not copies, unless that kept alive what has gone: for longer, or beside a cast of it
+        copies = slots > k and (self.wire is not None or not self.last)
+        own = [g[:k].to(p.dtype, copy=copies) for g, p in zip(found, self.owned, strict=True)]
+        away = [g[k:slots].to(self.wire or g.dtype).contiguous() for g in found] if trip.travels else []
+        back = [g.new_empty(len(trip.out), *g.shape[1:]) for g in away]
+        self.sent += sum(g.nbytes for g in away)
+        work = [
+            comm.start_all_to_all(into, g, recv=trip.send, send=trip.recv, group=self.group)
+            for into, g in zip(back, away, strict=True)
+        ]
         self._returning = _Returning(own, back, work, away)
         if self.staged and not self.last:
             self.finish()
@@ -218,9 +220,11 @@ class Replicas:
         trip, self._returning = self._returning, None
         if trip is None:
             return
-        if trip.work is not None:
-            trip.work.wait()
-            parts = self._views(trip.back.to(trip.own[0].dtype))
+        for work in trip.work:
+            if work is not None:
+                work.wait()
+        parts = [x.to(trip.own[0].dtype) for x in trip.back]
+        if parts:
             for own, at in self.trip.rounds:
                 for g, part in zip(trip.own, parts, strict=True):
                     torch._foreach_add_([g[i] for i in own], [part[i] for i in at])  # pyright: ignore

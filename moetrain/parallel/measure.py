@@ -1,7 +1,7 @@
 """What computing, travelling and attention cost on these ranks: measured in one step of a run, the same on all.
 
-Forwards are timed where they run, with whatever else the machine does at the time; a backward is taken for two. What
-travels is timed alone: every rank sends one expert to the next.
+Forwards are timed where they run; a backward is taken for two. On a CPU it is the processor's time, not that of others
+who had it meanwhile. What travels is timed alone: every rank sends one expert to the next.
 """
 
 import statistics
@@ -45,7 +45,8 @@ class Stopwatch:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.thread_time()
 
     def _begin(self, module: nn.Module, args: tuple) -> None:
         if isinstance(args[0] if args else None, Rows):
@@ -65,12 +66,16 @@ def costs(
     ``expert``: numbers of one; ``group``: who experts travel among; ``every``: who has to agree. Collective.
     """
     device = watch._device
-    seconds_row = 3 * sum(watch.experts) / max(1, sum(watch.rows))
+    computed = torch.tensor([sum(watch.experts), sum(watch.rows)], dtype=torch.float64, device=device)
+    seconds, rows = comm.all_reduce_(computed, group=every).tolist()  # of all: one with few rows takes long for a row
+    seconds_row, shared = 3 * seconds / max(1, rows), world.ranks_a_processor(device)
     attention = 3 * statistics.median(watch.attention) * max(1, gathers // 2) if watch.attention else 0.0
-    one = _trip(expert, group, dtype, device)
+    one = _trip(expert, group, dtype, device) / shared
     hop = 4 * dim * one / expert  # there and back, forward and backward
     hidden = 0.0 if world.on_cpu(device) else attention  # who computes on a CPU also carries
-    found = torch.tensor([seconds_row, hop, one * (gathers + reduces), hidden], dtype=torch.float64, device=device)
+    found = torch.tensor(
+        [seconds_row, hop, one * (gathers + reduces), hidden, shared * 1e-6], dtype=torch.float64, device=device
+    )
     comm.all_reduce_(found, group=every, op=dist.ReduceOp.MAX)
     return Costs(*(float(f"{1e6 * x:.3g}") for x in found.tolist()))
 
@@ -90,7 +95,7 @@ def _trip(numbers: int, group: ProcessGroup | None, dtype: torch.dtype, device: 
         comm.start_all_to_all(into, x, recv=recv, send=send, group=group).wait()  # pyright: ignore
         _done(into)
         times.append(time.perf_counter() - since)
-    return statistics.median(times)
+    return min(times)  # what it takes, not what others took
 
 
 def _done(x: Tensor) -> None:

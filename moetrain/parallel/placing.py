@@ -112,7 +112,7 @@ class Mover:
         self._steps = 0  # of this life
         self._stage = mesh.group("moe", "edp", "ep", "etp")
         self._every = mesh.group("moe", "pp", "edp", "ep", "etp")
-        if all(value is not None for value in self._pinned.values()):
+        if all(value is not None for name, value in self._pinned.items() if name != "shared"):
             self._know(FREE)
         self._plan(0)
         self._install(self._planned[0].result())

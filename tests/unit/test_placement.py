@@ -31,7 +31,8 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Grid, Costs]:
     loads = draw(st.lists(st.integers(0, 1000) | st.sampled_from([0, 500, 20000]), min_size=1, max_size=12))
     owners = draw(st.lists(st.integers(0, ranks - 1), min_size=len(loads), max_size=len(loads)))
     cost = st.sampled_from([0.0, 0.5, 3.0, 50.0, 2000.0])
-    return torch.tensor(loads), torch.tensor(owners), grid, Costs(draw(cost), draw(cost), draw(cost), draw(cost))
+    costs = Costs(draw(cost), draw(cost), draw(cost), draw(cost), draw(st.sampled_from([1.0, 1.5, float(ranks)])))
+    return torch.tensor(loads), torch.tensor(owners), grid, costs
 
 
 def holding(holders: list[set[int]], owner_E: Tensor, grid: Grid) -> Placement:
@@ -66,8 +67,10 @@ def routed(placement: Placement, load_E: Tensor, costs: Costs, *, travels: bool 
         if travels and e in placement.slots_of(r) and owner != r:
             sent[owner] += 1
             received[r] += 1
-    hops, moved = max(away + arrived), max(sent + received)
-    time = costs.row * max(rows) + costs.hop * hops + max(0.0, costs.expert * moved - costs.hidden)
+    hops = max(away + arrived)
+    turns = costs.shared / R  # of a processor's time: what all of its ranks do, one after the other
+    busy, carried, moved = (max(*a, *b, turns * sum(a)) for a, b in ((rows, rows), (away, arrived), (sent, received)))
+    time = costs.row * busy + costs.hop * carried + max(0.0, costs.expert * moved - costs.hidden)
     return max(rows), hops, max(sent), max(received), time
 
 
@@ -99,6 +102,14 @@ def test_the_model_is_the_routing_of_every_rank(case, held: list[set[int]]) -> N
     E, R, (expert_X, rank_X) = len(load_E), grid.ranks, placement.holds_RE.t().nonzero().t().numpy()
     arrived_ER = torch.zeros(E, R).scatter_add_(1, placement.peer_RE.t(), torch.ones(E, R))
     assert arrivals(expert_X, rank_X, E, R, grid.node).tolist() == arrived_ER[expert_X, rank_X].tolist()
+
+
+def test_ranks_that_share_a_processor_gain_less_by_evening_out() -> None:
+    """4 ranks on two cores, one of which has half of all rows: the others keep the second core as long."""
+    load_E, owner_E, grid = torch.tensor([300.0, 300.0, 200.0, 200.0, 200.0]), torch.tensor([0, 0, 1, 2, 3]), Grid(1, 4)
+    alone = Costs(row=10.0, hop=0.0, expert=50.0, hidden=0.0)
+    assert replicas(FSSDP()(load_E, owner_E, grid, alone)).sum() > 0
+    assert replicas(FSSDP()(load_E, owner_E, grid, replace(alone, shared=2.0))).sum() == 0
 
 
 def test_the_model_of_static_placement_moves_no_expert() -> None:

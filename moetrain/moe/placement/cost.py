@@ -3,6 +3,7 @@
     time = row * max_r rows_r + hop * max_r max(away_r, arrived_r)
            + max(0, expert * max_r max(sent_r, received_r) - hidden)
 
+Where ranks share processors, each max_r is at least ``shared`` times the mean over ranks: who waits leaves its turn.
 rows_r: assignments that rank r computes; away_r and arrived_r: those that it sends to, and gets from, other ranks;
 sent_r and received_r: experts likewise, each copy counted. Every rank routes load_e / R assignments to expert e. Other
 letters: C candidates; H experts that may travel, in the order in which they are taken; X holders of those; N nodes,
@@ -57,10 +58,12 @@ def modelled(placement: Placement, load_E: Tensor, costs: Costs, *, travels: boo
     moved_RE = holds_RE & (placement.owner_E != torch.arange(R)[:, None]) & travels
     sent_R = torch.zeros(R, dtype=torch.int64).scatter_add_(0, placement.owner_E, moved_RE.sum(0))
     rows, sent, received = float(rows_R.max()), int(sent_R.max()), int(moved_RE.sum(1).max())
+    mean, turns = float(rows_R.mean()), costs.shared / R
+    moved, away = max(sent, received, turns * int(moved_RE.sum())), float(share_RE.sum() - stay_R.sum())
     return Modelled(
-        rows=rows, mean_rows=float(rows_R.mean()), hops=hops, sent=sent, received=received,
-        compute_us=costs.row * rows, hop_us=costs.hop * hops,
-        travel_us=max(0.0, costs.expert * max(sent, received) - costs.hidden),
+        rows=rows, mean_rows=mean, hops=hops, sent=sent, received=received,
+        compute_us=costs.row * max(rows, costs.shared * mean), hop_us=costs.hop * max(hops, turns * away),
+        travel_us=max(0.0, costs.expert * moved - costs.hidden),
     )  # fmt: skip
 
 
@@ -90,9 +93,11 @@ def everywhere(order_H: Ints, load_E: Floats, owner_E: Ints, costs: Costs, ranks
         received_C.append(c + 1 - fewest - (with_count[fewest] == 0))
     before_C[H] = max(own)
     most_C = np.maximum.accumulate(np.array(before_C)[::-1])[::-1]
-    hops_C = np.maximum((R - 1) / R * most_C, 0)
-    travel_C = np.maximum(costs.expert * np.maximum(received_C, sent_C) - costs.hidden, 0)
-    rows_C = most_C + np.append(0, load_E[order_H]).cumsum() / R
+    hot_C, total, turns = np.append(0, load_E[order_H]).cumsum(), float(load_E.sum()), costs.shared / R
+    hops_C = (R - 1) / R * np.maximum(np.maximum(most_C, turns * (total - hot_C)), 0)
+    moved_C = np.maximum(np.maximum(received_C, sent_C), turns * (R - 1) * np.arange(H + 1))
+    travel_C = np.maximum(costs.expert * moved_C - costs.hidden, 0)
+    rows_C = np.maximum(most_C + hot_C / R, turns * total)
     return Prefixes(costs.row * rows_C + costs.hop * hops_C + travel_C, np.array(received_C))
 
 
@@ -111,8 +116,10 @@ def replicated(
     hops = max(float((load_E.sum() / R - stay_R).max()), float((rows_R - stay_R).max()), 0.0)
     received_R = np.bincount(rank_X, minlength=R) - np.bincount(owner_H, minlength=R)
     sent_R = np.bincount(owner_H, np.bincount(expert_X, minlength=H) - 1, R)
-    travel = costs.expert * max(int(received_R.max()), int(sent_R.max())) - costs.hidden
-    return costs.row * float(rows_R.max()) + costs.hop * hops + max(0.0, travel), len(rank_X) - H
+    total, copies, turns = float(load_E.sum()), len(rank_X) - H, costs.shared / R
+    rows, hops = max(float(rows_R.max()), turns * total), max(hops, turns * (total - float(stay_R.sum())))
+    travel = costs.expert * max(int(received_R.max()), int(sent_R.max()), turns * copies) - costs.hidden
+    return costs.row * rows + costs.hop * hops + max(0.0, travel), copies
 
 
 def arrivals(expert_X: Ints, rank_X: Ints, H: int, R: int, node: int) -> Ints:

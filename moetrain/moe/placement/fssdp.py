@@ -113,9 +113,10 @@ def _shares(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid, costs: Cos
 
     def halved(times: float) -> bool:
         copies_H = _copies(load_H, float(load_H[0]) / 2**times, grid)
-        moved = max(math.ceil(copies_H.sum() / R), int(np.bincount(owner_H, copies_H).max()))
-        fits = int(copies_H.sum()) <= slots
-        at_least = costs.row * even + costs.expert * moved - costs.hidden
+        copies = int(copies_H.sum())
+        moved = max(math.ceil(copies / R), int(np.bincount(owner_H, copies_H).max()), costs.shared * copies / R)
+        fits = copies <= slots
+        at_least = costs.row * max(1.0, costs.shared) * even + costs.expert * moved - costs.hidden
         if fits and at_least > min([beat, *(plan.time for plan in plans.values())]):
             return False
         h = int((copies_H > 0).sum())

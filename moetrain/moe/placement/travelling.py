@@ -51,6 +51,7 @@ class PinnedCosts:
     hop: float | None = None
     expert: float | None = None
     hidden: float | None = None
+    shared: float | None = None  # ranks; where all others are pinned, null = 1
 
     @property
     def values(self) -> dict[str, float | None]:

@@ -36,6 +36,7 @@ class Costs:
     hop: float  #    carrying one assignment to another rank, and back
     expert: float  # receiving (or sending) one expert, and sending (receiving) its gradient
     hidden: float  # other work of the layer, attention, under which experts travel at no cost
+    shared: float = 1.0  # ranks that take turns on one processor: while some wait, the others are faster
 
 
 FREE = Costs(row=1.0, hop=0.0, expert=0.0, hidden=0.0)
