@@ -17,6 +17,7 @@ from moetrain.kernels import Kernel
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.moe.layer import MoE, MoEConfig
+from moetrain.moe.placement.types import Grid
 from moetrain.moe.routers.topk import Score, TopK
 from moetrain.moe.types import Context
 
@@ -73,7 +74,7 @@ def layer_on(
     cfg = MoEConfig(num_experts=E, hidden=F, router=router, dispatcher=dispatcher, kernel=kernel)
     layer = MoE(cfg, dim=D, layer=0).to(dtype)
     at, group = mesh.index("moe", "edp", "ep"), mesh.group("moe", "ep", "etp")
-    layer.place(edp=mesh.layout.edp, ep=ep, etp=etp, rank=at, group=group)
+    layer.place(Grid(mesh.layout.edp, ep), etp=etp, rank=at, group=group)
     layer.to(dtype)
     t = tensors(dtype)
     owned = layer.placement.slots_of(layer.rank)
@@ -156,7 +157,7 @@ def empty_ranks(rank: int, world: int) -> list[float]:
     """All tokens go to expert 0: three of four ranks compute nothing, forward and backward."""
     mesh = Mesh.build(Layout(dp=world, ep=world), rank=rank, world=world, device=torch.device("cpu"))
     layer = MoE(MoEConfig(num_experts=E, hidden=F, router=TopK(top_k=1, renormalize=False)), dim=D, layer=0)
-    layer.place(edp=1, ep=world, etp=1, rank=rank, group=mesh.group("moe", "ep"))
+    layer.place(Grid(1, world), etp=1, rank=rank, group=mesh.group("moe", "ep"))
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(full("w", *p.shape, dtype=torch.float32))
@@ -180,7 +181,7 @@ def masked(rank: int, world: int, dispatcher) -> list[Tensor]:
     """The same real tokens, with and without padding rows that hold NaN."""
     mesh = Mesh.build(Layout(dp=world, ep=world), rank=rank, world=world, device=torch.device("cpu"))
     layer = MoE(MoEConfig(num_experts=E, hidden=F, dispatcher=dispatcher), dim=D, layer=0)
-    layer.place(edp=1, ep=world, etp=1, rank=rank, group=mesh.group("moe", "ep"))
+    layer.place(Grid(1, world), etp=1, rank=rank, group=mesh.group("moe", "ep"))
     with torch.no_grad():
         for n, p in layer.named_parameters():
             p.copy_(full(n, *p.shape, dtype=torch.float32))
