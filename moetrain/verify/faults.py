@@ -85,6 +85,12 @@ def _balanced(cfg: Config, *kinds: type) -> bool:
     return bool(cfg.model.moe_layers) and any(isinstance(term, kinds) for term in cfg.model.moe.balance.values())
 
 
+def _travels(cfg: Config) -> bool:
+    return bool(cfg.model.moe_layers) and cfg.model.moe.placement.travels
+
+
+_TRAVEL = _if("placement=fssdp, shadow or replicate_all, edp*ep > 1", lambda cfg, n: _travels(cfg) and n.edp * n.ep > 1)
+_COPIES = _if("edp > 1, placement=static", lambda cfg, n: n.edp > 1 and not _travels(cfg))
 _TP = _if("tp > 1", lambda cfg, n: n.tp > 1)
 _CP = _if("cp > 1", lambda cfg, n: n.cp > 1)
 _SHARDED = _if("dp*cp > 1", lambda cfg, n: n.dp * n.cp > 1)
@@ -92,7 +98,7 @@ _SHARDED = _if("dp*cp > 1", lambda cfg, n: n.dp * n.cp > 1)
 
 @_fault(
     "experts' gradients are summed over the dense data-parallel ranks (Megatron-LM #1628)",
-    _if("dp*cp > 1, ep > 1", lambda cfg, n: n.dp * n.cp > 1 and n.ep > 1),
+    _if("dp*cp > 1, ep > 1, placement=static", lambda cfg, n: n.dp * n.cp > 1 and n.ep > 1 and not _travels(cfg)),
 )
 def experts_over_dense_ranks() -> Swaps:
     update = train.Trainer._update
@@ -106,7 +112,7 @@ def experts_over_dense_ranks() -> Swaps:
     return [(train.Trainer, "_update", wrong)]
 
 
-@_fault("the copies of an expert keep their own gradients", _if("edp > 1", lambda cfg, n: n.edp > 1))
+@_fault("the copies of an expert keep their own gradients", _COPIES)
 def experts_not_summed() -> Swaps:
     storage = Mesh.storage
     return [(Mesh, "storage", lambda self, view: None if view == "experts" else storage(self, view))]
@@ -246,7 +252,7 @@ def bias_from_local_load() -> Swaps:
 @_fault("the parts of an expert's result are averaged", _if("etp > 1", lambda cfg, n: n.etp > 1))
 def expert_parts_averaged() -> Swaps:
     right = layer.Experts.forward
-    return [(layer.Experts, "forward", lambda self, rows, backend: right(self, rows, backend) / 2)]
+    return [(layer.Experts, "forward", lambda self, *given: right(self, *given) / 2)]
 
 
 @_fault("weights at step 0 depend on the rank", _if("two ranks", lambda cfg, n: n.world > 1))
@@ -376,21 +382,9 @@ def only_the_last_micro_batch() -> Swaps:
     return [(train.Trainer, "forward", wrong)]
 
 
-_TRAVEL = _if(
-    "placement=fssdp (or shadow, replicate_all) and edp*ep > 1",
-    lambda cfg, n: bool(cfg.model.moe_layers) and cfg.model.moe.placement.travels and n.edp * n.ep > 1,
-)
-
-
 @_fault("gradients that come back from replicas are left out", _TRAVEL)
 def replicas_not_summed() -> Swaps:
     return [(travel.Trip, "rounds", property(lambda self: []))]
-
-
-@_fault("gradients that come back from replicas are added twice", _TRAVEL)
-def replicas_summed_twice() -> Swaps:
-    right = travel.Trip.__dict__["rounds"].func
-    return [(travel.Trip, "rounds", property(lambda self: right(self) * 2))]
 
 
 @_fault("replicas arrive in another order than that of their slots", _TRAVEL)
@@ -398,10 +392,9 @@ def replicas_out_of_order() -> Swaps:
     right = travel.Replicas._arrive
 
     def wrong(self):
-        arrived = self._work is not None
+        arrived, away = self._work is not None, self._flat.data[self.trip.owned : self.trip.slots]
         right(self)
         if arrived:
-            away = self._flat.data[self.trip.owned : self.trip.slots]
             away.copy_(away.flip(0))
 
     return [(travel.Replicas, "_arrive", wrong)]

@@ -58,7 +58,7 @@ def references(shrunk, ranks, tmp_path_factory):
     return made
 
 
-OF_TRAVEL = {"replicas_not_summed", "replicas_summed_twice", "replicas_out_of_order"}
+OF_TRAVEL = {"replicas_not_summed", "replicas_out_of_order"}
 OF_PIPELINES = {"norm_of_a_stage", "balance_in_both_backwards", "tied_ends_not_summed"}
 
 

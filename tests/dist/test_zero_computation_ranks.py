@@ -97,7 +97,9 @@ def test_health_is_the_same_under_a_layout(ranks, small_corpus, tmp_path) -> Non
         assert len(found.load[0]) == 8 + 6
         for layer, values in truth.layers.items():
             overload = found.layers[layer]["overload"]
-            assert found.layers[layer] == pytest.approx(values | {"overload": overload}, rel=1e-9, abs=1e-12)
+            assert found.layers[layer] == pytest.approx(
+                values | {"overload": overload, "home_overload": overload}, rel=1e-9, abs=1e-12
+            )
             assert values["overload"] == 1.0
             assert 0 < values["ffn_experts"] < 2
             rows = [rank[step][1][layer] for rank in got]
