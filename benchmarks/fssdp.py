@@ -20,21 +20,16 @@ The bound: what a step would take if every rank computed as many rows, and no ex
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
-import torch
 from fssdp_loads import CASES, EXPERTS, TRACE, record
 from fssdp_runs import EVEN, POLICIES, WARM, Seen, Size, measure
-from saving import save
+from saving import begin, end
 from schedule_runs import on_ranks
 from schedules import interval
-
-import moetrain
 
 RESULTS = Path(__file__).parent / "results" / "fssdp-cpu.json"
 PART, SLOWER = 0.85, 1.03
@@ -162,24 +157,16 @@ def main() -> None:
     if args.pairs < 2:
         parser.error(f"--pairs {args.pairs}: an interval takes 2 or more")
     size = Size(args.batch, args.seq_len, tuple(args.also))
-    cores, began = len(os.sched_getaffinity(0)), time.monotonic()
-    report = {
-        "what": f"Trainer.step, tiny with {EXPERTS} experts, fp32, gloo, {WARM} steps to warm up", "size": asdict(size),
-        "date": date.today().isoformat(), "cores": cores,
-        "versions": {"moetrain": moetrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "load_average": os.getloadavg(),
-    }  # fmt: skip
-    print(*(f"{k}: {v}" for k, v in report.items()), sep="\n")
+    began = time.monotonic()
+    what = f"Trainer.step, tiny with {EXPERTS} experts, fp32, gloo, {WARM} steps to warm up"
+    report = begin(what, size=asdict(size))
     report["cases"] = []
     for ranks in args.ranks:
         for case in args.cases:
-            found = figures(case, on_ranks(ranks, measure, case, args.pairs, size), cores=cores)
+            found = figures(case, on_ranks(ranks, measure, case, args.pairs, size), cores=report["cores"])
             show(found)
             report["cases"].append(rounded(found))
-    report["load_average_after"] = os.getloadavg()
-    print(f"\n{time.monotonic() - began:.0f} s, load average after: {report['load_average_after']}")
-    if not args.no_write:
-        save(report, RESULTS)
+    end(report, RESULTS, began=began, write=not args.no_write)
 
 
 if __name__ == "__main__":

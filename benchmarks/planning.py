@@ -77,9 +77,9 @@ def planned(experts: int, grid: Grid, repeats: int) -> str:
 
 def sharded(experts: int, layers: int, grid: Grid, repeats: int) -> str:
     load_LE = loads(experts, grid.ranks, layers)
-    taken = milliseconds(lambda: FSSDP().owners(load_LE, grid, COSTS), repeats)
+    taken = milliseconds(lambda: FSSDP().owners(load_LE, grid), repeats)
     times = []
-    for owners in (FSSDP().owners(load_LE, grid, COSTS), deal([experts] * layers, grid.ranks)):
+    for owners in (FSSDP().owners(load_LE, grid), deal([experts] * layers, grid.ranks)):
         few = list(zip(load_LE, owners, strict=True))[: LAYERS[0]]
         times.append(sum(modelled(FSSDP()(x, o, grid, COSTS), x, COSTS).time_us for x, o in few))
     entries = layers * (grid.ranks + grid.ranks // NODE)

@@ -17,16 +17,13 @@ Schedules take turns; a figure is the median of the repetitions with a bootstrap
 
 import argparse
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
-import torch
-from saving import save
+from saving import begin, end
 from schedule_counts import (
     BOOKS,
     Times,
@@ -39,7 +36,6 @@ from schedule_counts import (
 )  # fmt: skip
 from schedule_runs import BATCH, DIM, SEQ_LEN, Case, Run, on_ranks, trained, waiting_ranks
 
-import moetrain
 from moetrain.parallel.schedules import Action, Kind, Schedule
 
 RESULTS = Path(__file__).parent / "results" / "schedules-cpu.json"
@@ -135,13 +131,9 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
     began, times = time.monotonic(), Times(*(t / 1e3 for t in args.milliseconds))
-    report = {
-        "what": f"Pipeline.step, gloo, chunks of {args.milliseconds} ms, {BATCH * SEQ_LEN * DIM * 4} bytes a message",
-        "date": date.today().isoformat(), "cores": os.cpu_count(),
-        "versions": {"moetrain": moetrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "load_average": os.getloadavg(),
-    }  # fmt: skip
-    print(*(f"{k}: {v}" for k, v in report.items()), sep="\n")
+    report = begin(
+        f"Pipeline.step, gloo, chunks of {args.milliseconds} ms, {BATCH * SEQ_LEN * DIM * 4} bytes a message"
+    )
     report["waits"], report["model"] = rows, real = [], []
     pictures, notes = [], []
     for pp in args.pp:
@@ -177,10 +169,7 @@ def main() -> None:
         show(real, last="textbook, equal stages")
     for case, runs in pictures if args.draw else ():
         draw(case, runs)
-    report["load_average_after"] = os.getloadavg()
-    print(f"\n{time.monotonic() - began:.0f} s, load average after: {report['load_average_after']}")
-    if not args.no_write:
-        save(report, RESULTS)
+    end(report, RESULTS, began=began, write=not args.no_write)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class MoE(nn.Module):
         with torch.device("cpu"):  # planning tables are real even where the model is on meta
             load_E = torch.zeros(self.cfg.num_experts)
             if owner_E is None:
-                owner_E = self.cfg.placement.owners([load_E], grid, FREE)[0]
+                owner_E = self.cfg.placement.owners([load_E], grid)[0]
             self.placement = self.cfg.placement(load_E, owner_E, grid, FREE)
         self.width = -(-self.cfg.hidden // etp)
         at, travels = self.placement, self.cfg.placement.travels

@@ -20,6 +20,7 @@ from moetrain.config import UserError
 from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
+from moetrain.moe.placement.travelling import Travelling
 from moetrain.parallel import context, data, expert, pipeline, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
@@ -98,8 +99,8 @@ def parallelize(
     held = {name: replace(h, **data.summed(name, model, mesh)) for name, h in held.items()}
     allocate(model, mesh.device)
     mover = None
-    if cfg.moe_layers and cfg.moe.placement.travels:
-        mover = Mover(model, mesh, held, policy=cfg.moe.placement, grid=grid, sharding=sharding, dtype=dtype)
+    if cfg.moe_layers and isinstance(policy := cfg.moe.placement, Travelling):
+        mover = Mover(model, mesh, held, policy=policy, grid=grid, sharding=sharding, dtype=dtype)
     pipe = pipeline.Pipeline(stages, mesh, every, cfg=cfg, dtype=dtype) if pp > 1 else None
     return Parallel(model, held, pipe, mover)
 

@@ -8,7 +8,7 @@ from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.moe.placement import travelling
-from moetrain.moe.placement.types import FREE, Grid
+from moetrain.moe.placement.types import Grid
 from moetrain.parallel.data import Accumulate, ShardingConfig
 from moetrain.parallel.plan import Held, Plan
 
@@ -20,7 +20,7 @@ def place(model: Transformer, mesh: Mesh, grid: Grid, *, dtype: torch.dtype) -> 
     group = _rows_group(model.cfg, mesh, grid)
     with torch.device("cpu"):
         sizes = [layer.cfg.num_experts for layer in layers]
-        owners = policy.owners([torch.zeros(E) for E in sizes], grid, FREE)
+        owners = policy.owners([torch.zeros(E) for E in sizes], grid)
         if policy.travels:
             travelling.check_owners(owners, sizes, grid.ranks)
     plan: Plan = {}

@@ -1,4 +1,4 @@
-"""What computing, travelling and attention cost on these ranks: measured in one step of a run, the same on all.
+"""What computing, travelling and attention cost on these ranks: measured in a few steps of a run, the same on all.
 
 Forwards are timed where they run; a backward is taken for two. On a CPU it is the processor's time, not that of others
 who had it meanwhile. What travels is timed alone: every rank sends one expert to the next.
@@ -23,12 +23,13 @@ _TIMES = 5
 
 
 class Stopwatch:
-    """Times every forward of attention and of experts in the blocks with MoE, until ``stop``."""
+    """Times every forward of attention and of experts in the blocks with MoE, by steps, until ``stop``."""
 
     def __init__(self, model: Transformer) -> None:
         self.attention: list[float] = []  # seconds of each forward
         self.experts: list[float] = []
         self.rows: list[int] = []
+        self.steps: list[tuple[float, int]] = []  # of experts: seconds, rows
         self._began: dict[nn.Module, Any] = {}
         self._device = next(model.parameters()).device
         self._hooks = []
@@ -37,6 +38,11 @@ class Stopwatch:
             for module, times in ((block.get_submodule("attention"), self.attention), (layer.experts, self.experts)):
                 self._hooks.append(module.register_forward_pre_hook(self._begin))
                 self._hooks.append(module.register_forward_hook(self._end(times)))
+
+    def end_step(self) -> None:
+        self.steps.append((sum(self.experts), sum(self.rows)))
+        self.experts.clear()
+        self.rows.clear()
 
     def stop(self) -> None:
         for hook in self._hooks:
@@ -61,14 +67,15 @@ def costs(
     watch: Stopwatch, *, dim: int, expert: int, dtype: torch.dtype, group: ProcessGroup | None,
     every: ProcessGroup | None, gathers: int, reduces: int,
 ) -> Costs:  # fmt: skip
-    """Of a step in which a replica is brought ``gathers`` times and its gradient sent back ``reduces`` times.
+    """Where a step brings a replica ``gathers`` times and sends its gradient back ``reduces`` times.
 
     ``expert``: numbers of one; ``group``: who experts travel among; ``every``: who has to agree. Collective.
     """
     device = watch._device
-    computed = torch.tensor([sum(watch.experts), sum(watch.rows)], dtype=torch.float64, device=device)
-    seconds, rows = comm.all_reduce_(computed, group=every).tolist()  # of all: one with few rows takes long for a row
-    seconds_row, shared = 3 * seconds / max(1, rows), world.ranks_a_processor(device)
+    computed = torch.tensor(watch.steps, dtype=torch.float64, device=device)
+    steps = comm.all_reduce_(computed, group=every).tolist()  # of all ranks: one with few rows takes long for a row
+    seconds_row = 3 * min(seconds / max(1, rows) for seconds, rows in steps)
+    shared = world.ranks_a_processor(device)
     attention = 3 * statistics.median(watch.attention) * max(1, gathers // 2) if watch.attention else 0.0
     one = _trip(expert, group, dtype, device) / shared
     hop = 4 * dim * one / expert  # there and back, forward and backward

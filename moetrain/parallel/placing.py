@@ -27,10 +27,10 @@ from moetrain.moe.layer import MoE
 from moetrain.moe.placement.cost import modelled
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import Following, Travelling, check_owners
-from moetrain.moe.placement.types import FREE, Costs, Grid, Placement, PlacementPolicy
+from moetrain.moe.placement.types import FREE, Costs, Grid, Placement
 from moetrain.moe.travel import Replicas, Trip
+from moetrain.parallel import measure
 from moetrain.parallel.data import Accumulate, ShardingConfig
-from moetrain.parallel.measure import Stopwatch, costs
 from moetrain.parallel.plan import Plan
 
 _WEIGHTS = ("gate_up", "down")
@@ -46,8 +46,8 @@ class Moves(Protocol):
     def moved(self) -> None: ...
 
 
-_MEASURED = 2
-"""The step of a life that costs are measured in: the first one warms up."""
+_MEASURED = 2, 3, 4
+"""The steps of a life that costs are measured in: the first one warms up."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Mover:
     """One rank's. Every rank of a pipeline stage holds one and calls it alike; collective."""
 
     def __init__(
-        self, model: Transformer, mesh: Mesh, plan: Plan, *, policy: PlacementPolicy, grid: Grid,
+        self, model: Transformer, mesh: Mesh, plan: Plan, *, policy: Travelling, grid: Grid,
         sharding: ShardingConfig, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         """``model``: its experts are those that ``policy`` gives this rank while no load is known."""
@@ -83,7 +83,7 @@ class Mover:
         self.costs: Costs | None = None  # until they are measured nobody travels
         self._known_from = 0  # the first step that is planned by them
         self.window = policy.window if isinstance(policy, Following) else 1
-        self.wire = policy.wire.torch if isinstance(policy, Travelling) and policy.wire else None
+        self.wire = policy.wire.torch if policy.wire else None
         self.sharding, self.dtype, self.staged = sharding, dtype, mesh.layout.pp > 1
         self.layers = model.moe_layers()
         self._expert = 3 * model.cfg.dim * -(-model.cfg.moe.hidden // mesh.layout.etp)  # numbers of one, on one rank
@@ -95,7 +95,7 @@ class Mover:
         pin = mesh.device.type == "cuda"
         self.loads_WLE = torch.zeros(self.window + 1, len(every), most, dtype=torch.int64, pin_memory=pin)
         self.settled_LE = torch.zeros(len(every), most, dtype=torch.int64)
-        self.owners = self._owners()
+        self.owners = [layer.placement.owner_E for layer in self.layers]
         self.moved = 0  # experts that changed owners since the start of this life
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="placement")
         self._planned: dict[int, Future[Planned]] = {}
@@ -108,7 +108,7 @@ class Mover:
         self.news: list[str] = []  # lines for the log
         self._layout, self._etp = str(mesh.layout), mesh.layout.etp
         self._pinned = policy.costs.values if isinstance(policy, Following) else {}
-        self._watch: Stopwatch | None = None
+        self._watch: measure.Stopwatch | None = None
         self._steps = 0  # of this life
         self._stage = mesh.group("moe", "edp", "ep", "etp")
         self._every = mesh.group("moe", "pp", "edp", "ep", "etp")
@@ -121,7 +121,7 @@ class Mover:
         n = self.policy.reshard_every if isinstance(self.policy, FSSDP) else 0
         if n and step and step % n == 0:
             self._wait()
-            self.settled_LE = self._window(step - 1)
+            self.settled_LE = sum(self._window(step - 1), torch.zeros_like(self.settled_LE))
             self._settle(optimizer)
             self._planned.clear()
         for ahead in (step, step + 1):
@@ -129,8 +129,8 @@ class Mover:
                 self._plan(ahead)
         self._install(self._planned.pop(step).result())
         self._steps += 1
-        if self.costs is None and self._steps == _MEASURED:
-            self._watch = Stopwatch(self.model)
+        if self.costs is None and self._steps == _MEASURED[0]:
+            self._watch = measure.Stopwatch(self.model)
 
     def end_step(self, load_LE: Tensor, step: int) -> None:
         """(L, E) int64: the step's global load of every MoE layer of the model."""
@@ -139,14 +139,16 @@ class Mover:
             self._copied = torch.cuda.Event()
             self._copied.record()
         if self._watch is not None:
-            self._measure(self._watch, step)
-            self._watch = None
+            self._watch.end_step()
+            if self._steps == _MEASURED[-1]:
+                self._measure(self._watch, step)
+                self._watch = None
         self._plan(step + 2)
 
-    def _measure(self, watch: Stopwatch, step: int) -> None:
+    def _measure(self, watch: measure.Stopwatch, step: int) -> None:
         watch.stop()
         gathers, reduces = self._trips()
-        found = costs(
+        found = measure.costs(
             watch, dim=self.model.cfg.dim, expert=self._expert, dtype=self.dtype, group=self.group, every=self._every,
             gathers=gathers, reduces=reduces,
         )  # fmt: skip
@@ -222,8 +224,8 @@ class Mover:
         self._install(self._planned[step].result())
 
     def _owners(self) -> list[Tensor]:
-        loads = [self.settled_LE[i, :E].double() / self.window for i, E in zip(self.at, self.sizes, strict=True)]
-        owners = self.policy.owners(loads, self.grid, self.costs or FREE)
+        loads = [self.settled_LE[i, :E].double() for i, E in zip(self.at, self.sizes, strict=True)]
+        owners = self.policy.owners(loads, self.grid)
         check_owners(owners, self.sizes, self.grid.ranks)
         return owners
 
@@ -274,7 +276,7 @@ class Mover:
             if copied is not None:
                 copied.synchronize()
             since = time.perf_counter()
-            window_LE = self._window(step - 2).double() / self.window if known else self.settled_LE * 0.0
+            window_LE = self._mean(step - 2) if known else self.settled_LE * 0.0
             placements = [
                 self.place(window_LE[i, :E], owner_E, known or FREE)
                 for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
@@ -290,10 +292,14 @@ class Mover:
         """What the policy says. A dry run replaces this."""
         return self.policy(load_E, owner_E, self.grid, costs)
 
-    def _window(self, last: int) -> Tensor:
-        """(L, E) int64: the sum of the loads of the ``window`` steps up to ``last``."""
-        W = self.window
-        return sum((self.loads_WLE[s % (W + 1)] for s in range(last - W + 1, last + 1)), self.settled_LE * 0)
+    def _window(self, last: int) -> list[Tensor]:
+        """(L, E) int64 each: the loads of the ``window`` steps up to ``last``, of those that are known."""
+        loads = [self.loads_WLE[s % (self.window + 1)] for s in range(last - self.window + 1, last + 1)]
+        return [load_LE for load_LE in loads if load_LE.any()]
+
+    def _mean(self, last: int) -> Tensor:
+        loads = self._window(last)
+        return sum(loads, torch.zeros_like(self.settled_LE)).double() / max(1, len(loads))
 
     def _install(self, planned: Planned) -> None:
         self.now, before = planned, dict[Stage, Replicas]()

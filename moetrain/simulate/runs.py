@@ -105,7 +105,7 @@ def run(
         since = step // every * every if every else 0
         if since not in kept:
             end = since - KNOWN + 1
-            kept[since] = policy.owners([mean(i, end - every, end) for i in range(len(loads))], grid, costs)
+            kept[since] = policy.owners([mean(i, end - every, end) for i in range(len(loads))], grid)
         return kept[since]
 
     found: list[Price] = []

@@ -36,7 +36,7 @@ class Scattered(FSSDP):
     window: int = 2
     reshard_every: int = 2
 
-    def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
+    def owners(self, loads: list[Tensor], grid: Grid) -> list[Tensor]:
         count = sum(len(load_E) for load_E in loads)
         even = np.arange(count) % grid.ranks
         owners = np.random.default_rng(_seed(torch.cat(loads))).permutation(even)
@@ -216,8 +216,8 @@ def test_gather_and_reduce_scatter_of_any_placement(ranks, case) -> None:
 
 @config_node
 class Lossy(Scattered):
-    def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
-        return [owner_E[:-1] for owner_E in super().owners(loads, grid, costs)]
+    def owners(self, loads: list[Tensor], grid: Grid) -> list[Tensor]:
+        return [owner_E[:-1] for owner_E in super().owners(loads, grid)]
 
 
 def test_an_owner_map_that_misses_an_expert_is_refused_before_the_first_step(small_corpus, tmp_path) -> None:

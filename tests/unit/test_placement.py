@@ -318,14 +318,14 @@ def test_ranks_own_equal_bytes(layers: list[list[int]], ranks: int, which: int) 
     grid = Grid(edp=1, ep=ranks, node=NODES[ranks][which % len(NODES[ranks])])
     loads = [torch.tensor(row) for row in layers]
     for policy in (FSSDP(), Shadow(), ReplicateAll()):
-        owners = policy.owners(loads, grid, FREE)
+        owners = policy.owners(loads, grid)
         check_owners(owners, [len(row) for row in layers], ranks)
         for upto in range(1, len(owners) + 1):
             count_R = torch.cat(owners[:upto]).bincount(minlength=ranks)
             assert count_R.max() - count_R.min() <= 1
     even = [torch.full((len(row),), float(row[0])) for row in layers]
     dealt = deal([len(row) for row in layers], ranks)
-    assert all(map(torch.equal, FSSDP().owners(even, grid, FREE), dealt))
+    assert all(map(torch.equal, FSSDP().owners(even, grid), dealt))
 
 
 def test_sharding_by_load_beats_dealing() -> None:
@@ -334,14 +334,14 @@ def test_sharding_by_load_beats_dealing() -> None:
     for policy, gain in ((NOTHING, 0.95), (FSSDP(), 0.95)):
         dealt, sharded = (
             sum(time_of(policy, load_E, o, grid, costs) for load_E, o in zip(loads, owners, strict=True))
-            for owners in (deal([32] * 6, 16), FSSDP().owners(loads, grid, costs))
+            for owners in (deal([32] * 6, 16), FSSDP().owners(loads, grid))
         )
         assert sharded < gain * dealt
 
 
 def test_sharding_pairs_the_heavy_with_the_light() -> None:
     load_E = torch.tensor([1.0, 40.0, 2.0, 30.0, 10.0, 3.0, 4.0, 10.0])
-    owner_E = FSSDP().owners([load_E], Grid(edp=1, ep=4, node=2), FREE)[0]
+    owner_E = FSSDP().owners([load_E], Grid(edp=1, ep=4, node=2))[0]
     assert owner_E[[1, 3]].tolist() == [0, 2]  # the two hottest on two nodes
     assert sorted(owner_E[[0, 2]].tolist()) == [0, 2]  # and the two lightest with them
     sums = [float(load_E[owner_E == r].sum()) for r in range(4)]
@@ -354,7 +354,7 @@ def test_plans_repeat() -> None:
     for policy in (FSSDP(), Shadow(), ReplicateAll()):
         first, again = (policy(load_E.clone(), owner_E.clone(), grid, costs) for _ in range(2))
         assert torch.equal(first.slots_RS, again.slots_RS)
-        first, again = (policy.owners([load_E.clone(), load_E * 2], grid, costs) for _ in range(2))
+        first, again = (policy.owners([load_E.clone(), load_E * 2], grid) for _ in range(2))
         assert all(map(torch.equal, first, again))
 
 

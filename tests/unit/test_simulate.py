@@ -35,7 +35,7 @@ def static(experts: int, ranks: int, *, edp: int = 1) -> Placement:
     grid = Grid(edp, ranks // edp)
     policy = Static()
     costs = SMALL.costs(PAIR, 1)
-    return policy(load_E, policy.owners([load_E], grid, costs)[0], grid, costs)
+    return policy(load_E, policy.owners([load_E], grid)[0], grid, costs)
 
 
 def test_two_ranks_two_experts_by_hand() -> None:

@@ -80,7 +80,7 @@ class FSSDP(Following):
         first = Plan(float(time_C[k]), k * (R - 1), order_H[:k], np.ones((k, R), bool))
         return [first, *_shares(order_H, load, owner, grid, costs, beat=first.time)]
 
-    def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
+    def owners(self, loads: list[Tensor], grid: Grid) -> list[Tensor]:
         """Layer by layer the heaviest expert first on the least loaded rank of the least loaded node, of equal ones the
         one that owns the fewest. After each layer no rank owns two more than another, over all layers so far.
 
@@ -102,10 +102,10 @@ def _shares(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid, costs: Cos
     down to an eighth of a rank's even part; then round the best of these, in steps of down to an eighth of an octave.
 
     A share whose replicas alone take longer than ``beat`` or a plan before it ends the halving, and one that fills the
-    room: even smaller ones have more replicas.
+    room: even smaller ones have more replicas. Of two ranks none, where a copy is one on every rank.
     """
     H, R, even = len(order_H), grid.ranks, float(load_E.sum()) / grid.ranks
-    if R == 1 or not H or not even:
+    if R <= 2 or not H or not even:
         return []
     load_H, owner_H, slots = load_E[order_H], owner_E[order_H], R * _room(grid, H)
     own_R = owned(load_E, owner_E, R)

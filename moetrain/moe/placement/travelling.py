@@ -45,7 +45,7 @@ class Travelling(PlacementPolicy):
 
 @config
 class PinnedCosts:
-    """See ``Costs``, microseconds; null = measured in the run's second step."""
+    """See ``Costs``, microseconds; null = measured in the run's second to fourth step."""
 
     row: float | None = None
     hop: float | None = None

@@ -154,7 +154,7 @@ class PlacementPolicy(ABC):
         """How many consecutive ranks of the grid tokens travel among."""
         return grid.ranks if self.travels else grid.ep
 
-    def owners(self, loads: list[Tensor], grid: Grid, costs: Costs) -> list[Tensor]:
+    def owners(self, loads: list[Tensor], grid: Grid) -> list[Tensor]:
         """(E,) mean assignments a step of every expert, for each MoE layer of a stage -> (E,) int64 who owns each."""
         return deal([len(load_E) for load_E in loads], grid.ranks)
 
