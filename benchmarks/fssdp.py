@@ -7,8 +7,9 @@
 Every policy has a ``Trainer`` of its own (16 experts, fp32, ep = dp = ranks of one thread over gloo, a step of one
 micro-batch, sharded as in the quickstart) on the same ranks; a router imposes the load (``fssdp_loads.py``). Policies
 take turns, a step each in a block; a step's time is that of the slowest rank, from a barrier on, planning included.
-Costs are measured by the product, in the second step. Figures are medians over blocks of ratios within a block, with a
-bootstrapped 95% interval; "whole" is the ratio of sums, in which the steps after a change count as they should.
+Costs are measured by the product, in its first steps. Figures are medians over blocks of ratios within a block, with a
+bootstrapped 95% interval; blocks in which the machine's host was busy with others are run again. "whole" is the ratio
+of sums, in which the steps after a change count as they should.
 
 The bound: what a step would take if every rank computed as many rows, and no expert travelled.
 
@@ -26,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fssdp_loads import CASES, EXPERTS, TRACE, record
-from fssdp_runs import EVEN, POLICIES, WARM, Seen, Size, measure
+from fssdp_runs import EVEN, POLICIES, WARM, Measured, Seen, Size, measure
 from saving import begin, end
 from schedule_runs import on_ranks
 from schedules import interval
@@ -37,12 +38,12 @@ PART, SLOWER = 0.85, 1.03
 MiB = 2**20
 
 
-def figures(case: str, per_rank: list[tuple[dict[str, Seen], float]], *, cores: int) -> dict:
+def figures(case: str, per_rank: list[Measured], *, cores: int) -> dict:
     """What is said about a case, from what each rank saw."""
     ranks = len(per_rank)
-    seen = {name: [found[name] for found, _ in per_rank] for name in per_rank[0][0]}
+    seen = {name: [found.seen[name] for found in per_rank] for name in per_rank[0].seen}
     times = {name: [max(x) for x in zip(*(s.seconds for s in of), strict=True)] for name, of in seen.items()}
-    row = statistics.median(seconds for _, seconds in per_rank)
+    row = statistics.median(found.row_seconds for found in per_rank)
     policies = {name: of_policy(seen[name], times[name], times["static"]) for name in POLICIES}
     others = [name for name in POLICIES if name != "fssdp"]
     best = min(others, key=lambda name: policies[name]["step_ms"])
@@ -51,6 +52,7 @@ def figures(case: str, per_rank: list[tuple[dict[str, Seen], float]], *, cores: 
         "best": best, "to_best": ratios(times["fssdp"], times[best]),
         "memory_of_replicate_all": policies["fssdp"]["replica_mib"] / policies["replicate_all"]["replica_mib"],
         "costs": seen["fssdp"][0].costs, "shadow_costs": seen["shadow"][0].costs, "load_average": os.getloadavg()[0],
+        "blocks_run": per_rank[0].blocks, "stolen": max(per_rank[0].stolen),
     }  # fmt: skip
     if EVEN in times:
         even, rows, even_rows = (
@@ -60,8 +62,8 @@ def figures(case: str, per_rank: list[tuple[dict[str, Seen], float]], *, cores: 
         bound, reached = 1 - share + share * skew, policies["fssdp"]["faster"]["median"]
         found |= {
             "even_step_ms": even * 1e3, "moe_share": share, "skew": skew, "bound": bound, "part": reached / bound,
-            "static_to_even": ratios(times["static"][::2], times[EVEN]),
-            "fssdp_to_even": ratios(times["fssdp"][::2], times[EVEN]),
+            "static_to_even": ratios(times["static"], times[EVEN]),
+            "fssdp_to_even": ratios(times["fssdp"], times[EVEN]),
         }  # fmt: skip
     return found | {"every_ms": {name: [1e3 * t for t in of] for name, of in times.items()}}
 
@@ -95,7 +97,10 @@ def ratios(a: list[float], b: list[float]) -> dict:
 
 
 def show(found: dict) -> None:
-    print(f"\n{found['case']}, {found['ranks']} ranks, {found['pairs']} blocks (load {found['load_average']:.1f})")
+    print(
+        f"\n{found['case']}, {found['ranks']} ranks, {found['pairs']} blocks of {found['blocks_run']} (load "
+        f"{found['load_average']:.1f}, at the most {found['stolen']:.1%} of the processors taken by others)"
+    )
     heads = ["placement", "step", "faster than static (95%)", "whole", "overload", "replicas", "moved", "planning"]
     cells = [heads]
     for name, p in found["policies"].items():

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from moetrain.world import World
 
 POLICIES = ["static", "shadow", "replicate_all", "fssdp"]
 EVEN = "even"  # static placement where every expert has as many: nobody waits, and only tokens travel
-WARM = 8  # steps that are not counted: costs are measured in the second, the window is full in the seventh
+WARM = 8  # steps that are not counted: costs are known after the fourth, the window is full in the seventh
+STOLEN, TRIES = 0.02, 3
 RESHARD = 100
 """Owners follow the load every so many steps, as is the default."""
 
@@ -45,6 +47,21 @@ class Seen:
     costs: dict[str, float] | None = None
     expert_bytes: int = 0
     travels: int = 0  # times that a replica does in a step, there or, as its gradient, back
+
+    def keep(self, steps: list[int]) -> None:
+        for name in ("seconds", "rows", "replicas", "copies", "planning"):
+            if found := getattr(self, name):
+                setattr(self, name, [found[i] for i in steps])
+
+
+@dataclass
+class Measured:
+    """On one rank."""
+
+    seen: dict[str, Seen]
+    row_seconds: float  # of a processor, for one row of one layer
+    blocks: int  # that were run
+    stolen: list[float]  # of the processors' time in each block that is kept: what other machines of the host took
 
 
 class Turns:
@@ -103,10 +120,11 @@ class Turns:
         seen.travels = 2 if self.run.cfg.sharding.experts == 2 else 3
 
 
-def measure(world: World, case: str, pairs: int, size: Size) -> tuple[dict[str, Seen], float]:
-    """Blocks of a step of every policy in an order that rotates, of even loads in every second block.
+def measure(world: World, case: str, pairs: int, size: Size) -> Measured:
+    """Blocks of a step of every policy in an order that rotates, then one of even loads.
 
-    Also the seconds of a processor that one row of one layer takes.
+    A block in which the host gave ``STOLEN`` of the processors' time to others is run again, until there are ``pairs``
+    quiet ones or three times as many in all, of which the quietest are kept.
     """
     turns: list[Turns] = []
     for name in [*POLICIES, *[EVEN] * (case != EVEN)]:
@@ -114,12 +132,26 @@ def measure(world: World, case: str, pairs: int, size: Size) -> tuple[dict[str, 
         turns.append(Turns(name, case, world, size=size, steps=WARM + pairs, like=like))
     for turn in turns:
         turn.warm_up()
-    for block in range(pairs):
-        first = block % len(POLICIES)
-        order = turns[first : len(POLICIES)] + turns[:first]
-        for turn in order + turns[len(POLICIES) :] * (block % 2 == 0):
+    stolen: list[float] = []
+    while len(stolen) < TRIES * pairs and sum(part < STOLEN for part in stolen) < pairs:
+        first, before = len(stolen) % len(POLICIES), ticks()
+        for turn in turns[first : len(POLICIES)] + turns[:first] + turns[len(POLICIES) :]:
             turn.step()
-    return {turn.name: turn.seen for turn in turns}, row_seconds(turns[0].run)
+        taken, total = (now - then for now, then in zip(ticks(), before, strict=True))
+        part = torch.tensor(taken / total, dtype=torch.float64)
+        dist.broadcast(part, 0)
+        stolen.append(part.item())
+    kept = sorted(sorted(range(len(stolen)), key=stolen.__getitem__)[:pairs])
+    for turn in turns:
+        turn.seen.keep(kept)
+    seen = {turn.name: turn.seen for turn in turns}
+    return Measured(seen, row_seconds(turns[0].run), len(stolen), [stolen[i] for i in kept])
+
+
+def ticks() -> tuple[int, int]:
+    """Of all processors since the machine started: those that its host gave to others, and all."""
+    every = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return every[7], sum(every)
 
 
 def row_seconds(run: Trainer, times: int = 5) -> float:
