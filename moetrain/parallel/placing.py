@@ -99,6 +99,7 @@ class Mover:
         self.moved = 0  # experts that changed owners since the start of this life
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="placement")
         self._planned: dict[int, Future[Planned]] = {}
+        self._last: dict[int, tuple[Placement, Trip]] = {}  # of each layer; the thread's alone
         self._copied: torch.cuda.Event | None = None
         self.now: Planned | None = None
         self.calibrations = Calibrations()
@@ -277,13 +278,12 @@ class Mover:
                 copied.synchronize()
             since = time.perf_counter()
             window_LE = self._mean(step - 2) if known else self.settled_LE * 0.0
-            placements = [
-                self.place(window_LE[i, :E], owner_E, known or FREE)
-                for i, E, owner_E in zip(self.at, self.sizes, owners, strict=True)
-            ]
-            for placement in placements:  # made here, found later
-                placement.target_EJ(self.rank, torch.device("cpu"), etp=self._etp)
-            trips = [Trip.of(placement, self.rank) for placement in placements]
+            for n, (i, E, owner_E) in enumerate(zip(self.at, self.sizes, owners, strict=True)):
+                placement = self.place(window_LE[i, :E], owner_E, known or FREE)
+                if (before := self._last.get(n)) is None or not before[0].same(placement):
+                    placement.target_EJ(self.rank, torch.device("cpu"), etp=self._etp)  # made here, found later
+                    self._last[n] = placement, Trip.of(placement, self.rank)
+            placements, trips = map(list, zip(*self._last.values(), strict=True)) if self._last else ([], [])
             return Planned(placements, trips, time.perf_counter() - since)
 
         self._planned[step] = self._threads.submit(planned)

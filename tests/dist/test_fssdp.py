@@ -283,19 +283,21 @@ def test_health_counts_replicas_bytes_and_rows(ranks, small_corpus, tmp_path) ->
     cfg = small(small_corpus, tmp_path / "run", "level 3, accumulated here", {"dp": 2, "ep": 2})
     cfg = with_placement(replace(cfg, health=replace(cfg.health, enabled=True)), Scattered())
     got, of_rank = ranks(2).run(readings, cfg), ranks(2).run(placements, cfg)
-    number = 3 * cfg.model.dim * cfg.model.moe.hidden
+    number, there = 3 * cfg.model.dim * cfg.model.moe.hidden, 0
     for step in range(STEPS):
         reading = got[0][step][0]
         for i, (layer, values) in enumerate(reading.layers.items()):
             holds_RE, owner_E = (torch.tensor(x) for x in of_rank[0][step][i])
             copies_E = holds_RE.sum(0) - 1
             assert reading.copies[i] == copies_E.tolist()
-            assert values["replicas"] == copies_E.sum() > 0
+            assert values["replicas"] == copies_E.sum()
+            there += int(copies_E.sum())
             assert values["moved"] == pytest.approx(int(copies_E.sum()) * number * 8 * (2 * 2 + 1) / 1e6)
             rows = [rank[step][1][layer] for rank in got]
             assert values["overload"] == pytest.approx(max(rows) * 2 / sum(rows))
             home_R = torch.zeros(2).scatter_add_(0, owner_E, torch.tensor(reading.load[i]))
             assert values["home_overload"] == pytest.approx((home_R.max() / home_R.mean()).item(), rel=1e-5)
+    assert there > 0
 
 
 def placements(rank: int, world: int, cfg) -> list[list[tuple[list, list]]]:

@@ -110,10 +110,14 @@ def _shares(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid, costs: Cos
     load_H, owner_H, slots = load_E[order_H], owner_E[order_H], R * _room(grid, H)
     own_R = owned(load_E, owner_E, R)
     plans: dict[float, Plan] = {}
+    known: dict[bytes, Plan] = {}  # by their copies
 
     def halved(times: float) -> bool:
         copies_H = _copies(load_H, float(load_H[0]) / 2**times, grid)
         copies = int(copies_H.sum())
+        if same := known.get(copies_H.tobytes()):
+            plans[times] = same
+            return copies <= slots
         moved = max(math.ceil(copies / R), int(np.bincount(owner_H, copies_H).max()), costs.shared * copies / R)
         fits = copies <= slots
         at_least = costs.row * max(1.0, costs.shared) * even + costs.expert * moved - costs.hidden
@@ -122,7 +126,7 @@ def _shares(order_H: Ints, load_E: Floats, owner_E: Ints, grid: Grid, costs: Cos
         h = int((copies_H > 0).sum())
         holds_HR = _spread(copies_H[:h], load_H[:h], owner_H[:h], own_R, grid)
         time, replicas = replicated(order_H[:h], holds_HR, load_E, owner_E, costs, grid.node)
-        plans[times] = Plan(time, replicas, order_H[:h], holds_HR)
+        plans[times] = known[copies_H.tobytes()] = Plan(time, replicas, order_H[:h], holds_HR)
         return fits
 
     octaves = max(1, math.ceil(math.log2(8 * load_H[0] / even)))

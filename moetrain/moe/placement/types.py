@@ -100,6 +100,10 @@ class Placement:
             peer_E = torch.where(holds_XE.any(0), holder_E, peer_E)
         return peer_E
 
+    def same(self, other: "Placement") -> bool:
+        """Whether it is the same for every rank."""
+        return torch.equal(self.slots_RS, other.slots_RS) and torch.equal(self.owner_E, other.owner_E)
+
     def slots_of(self, rank: int) -> list[int]:
         """Expert ids in the slots of a rank, in slot order."""
         return [e for e in self.slots_RS[rank].tolist() if e >= 0]
