@@ -1,7 +1,7 @@
 """Whether FSSDP pays: steps of the ``tiny`` preset under skewed routing, beside other placements and beside the bound.
 
     python benchmarks/fssdp.py                              # prints tables, writes results/fssdp-cpu.json
-    python benchmarks/fssdp.py --cases skew90 --ranks 4 --pairs 40 --no-write
+    python benchmarks/fssdp.py --cases skew90 --ranks 4 --pairs 60      # these anew, of the results
     python benchmarks/fssdp.py --record                     # the trace anew: results/fssdp-trace.npz
 
 Every policy has a ``Trainer`` of its own (16 experts, fp32, ep = dp = ranks of one thread over gloo, a step of one
@@ -20,10 +20,12 @@ The bound: what a step would take if every rank computed as many rows, and no ex
 """
 
 import argparse
+import json
 import os
 import statistics
 import time
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from fssdp_loads import CASES, EXPERTS, TRACE, record
@@ -48,7 +50,8 @@ def figures(case: str, per_rank: list[Measured], *, cores: int) -> dict:
     others = [name for name in POLICIES if name != "fssdp"]
     best = min(others, key=lambda name: policies[name]["step_ms"])
     found = {
-        "case": case, "ranks": ranks, "pairs": len(times["static"]), "policies": policies, "row_us": row * 1e6,
+        "case": case, "ranks": ranks, "date": date.today().isoformat(), "pairs": len(times["static"]),
+        "policies": policies, "row_us": row * 1e6,
         "best": best, "to_best": ratios(times["fssdp"], times[best]),
         "memory_of_replicate_all": policies["fssdp"]["replica_mib"] / policies["replicate_all"]["replica_mib"],
         "costs": seen["fssdp"][0].costs, "shadow_costs": seen["shadow"][0].costs, "load_average": os.getloadavg()[0],
@@ -171,6 +174,11 @@ def main() -> None:
             found = figures(case, on_ranks(ranks, measure, case, args.pairs, size), cores=report["cores"])
             show(found)
             report["cases"].append(rounded(found))
+    if RESULTS.exists():  # cases that were not run now stay as they are
+        now = {(found["case"], found["ranks"]) for found in report["cases"]}
+        known = json.loads(RESULTS.read_text())["cases"]
+        report["cases"] += [found for found in known if (found["case"], found["ranks"]) not in now]
+        report["cases"].sort(key=lambda f: (f["ranks"], CASES.index(f["case"])))
     end(report, RESULTS, began=began, write=not args.no_write)
 
 

@@ -136,6 +136,8 @@ def arrivals(expert_X: Ints, rank_X: Ints, H: int, R: int, node: int) -> Ints:
     first_H = count_H.cumsum() - count_H
     place_X = np.arange(len(rank_X)) - first_H[expert_X] - before_HN[expert_X, node_X]
     near_X = (node - 1 - place_X) // held_HN[expert_X, node_X]
+    if held_HN.all():
+        return 1 + near_X
 
     expert_F, node_F = (held_HN == 0).nonzero()
     count_F, first_F = count_H[expert_F], first_H[expert_F]
