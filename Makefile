@@ -24,6 +24,7 @@ help:
 	@echo "make train    install if needed, then train the quickstart   (ARGS=... go to moetrain train)"
 	@echo "make test     install if needed, then ruff, pyright, pytest  (ARGS=... go to pytest)"
 	@echo "make verified verify every layout of 1, 2, 4 and 8 ranks and write docs/verified.md: 40 minutes on two cores"
+	@echo "make verified-pipelines, make verified-fssdp   the same of pipelines, into the same page; of experts that travel, into docs/verified-fssdp.md"
 	@echo "make balance-study  train 21 small models, seven ways of balancing, and write docs/balance-study.md: two hours"
 	@echo "make install  only install                                   (EXTRAS=gpu,wandb adds extras)"
 	@echo "Choices: PYTHON=python3.12  TORCH=auto|system|cpu|cuda  VENV=.venv  PIP_ARGS='...'"
