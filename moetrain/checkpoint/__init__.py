@@ -10,9 +10,10 @@ written, where a whole save here takes a third of a second. What is left of it, 
 ``Wire.together`` twice, in JSON.
 """
 
-from moetrain.checkpoint.folders import latest, prune, step_folder
+from moetrain.checkpoint.folders import DamagedError, committed, latest, step_folder, step_of
 from moetrain.checkpoint.index import FORMAT_VERSION
-from moetrain.checkpoint.reading import load, read_index, read_meta
+from moetrain.checkpoint.life import Life, SupersededError, prune, set_aside, take_over
+from moetrain.checkpoint.reading import check_files, load, read, read_index, read_meta
 from moetrain.checkpoint.types import Report
 from moetrain.checkpoint.writing import save
 from moetrain.logical import Chunk, Logical
@@ -20,13 +21,22 @@ from moetrain.logical import Chunk, Logical
 __all__ = [
     "FORMAT_VERSION",
     "Chunk",
+    "DamagedError",
+    "Life",
     "Logical",
     "Report",
+    "SupersededError",
+    "check_files",
+    "committed",
     "latest",
     "load",
     "prune",
+    "read",
     "read_index",
     "read_meta",
     "save",
+    "set_aside",
     "step_folder",
+    "step_of",
+    "take_over",
 ]

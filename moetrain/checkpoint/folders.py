@@ -1,14 +1,13 @@
-"""Checkpoint folders under a root: names, the commit, which one is the newest, and which ones may go.
+"""Checkpoint folders under a root: names, and which ones count. Who writes them is in ``life.py``.
 
-``step-00000123.tmp-<id>`` is being written and is never reused; ``step-00000123`` is a checkpoint if and only if its
-file ``COMMITTED`` holds the sha256 of its ``index.json``. Names and times decide nothing.
+``step-00000123`` is a checkpoint if and only if its file ``COMMITTED`` holds the sha256 of its ``index.json``. Names
+and times decide nothing.
 """
 
 import hashlib
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from moetrain.config import UserError
 INDEX = "index.json"
 MARKER = "COMMITTED"
 _STEP = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"step-\d{8,}\.tmp-[0-9a-z]+")
 _log = logging.getLogger(__name__)
 
 
@@ -29,29 +27,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 def latest(root: Path) -> Path | None:
     """The committed checkpoint of the highest step under ``root``, or ``None``."""
-    return next(_committed(root), None)
-
-
-def prune(root: Path, *, keep: int) -> None:
-    """Removes all but the newest ``keep`` committed checkpoints, and what killed saves left behind.
-
-    To be called by one process, while no save into ``root`` is under way. What is committed is uncommitted first, so
-    that a kill half-way leaves nothing that looks whole. A checkpoint whose index no longer matches its marker is left
-    for a person to look at.
-    """
-    if keep < 1:
-        raise ValueError(f"keep={keep}: at least the newest checkpoint is kept")
-    committed = list(_committed(root))
-    for folder in committed[keep:]:
-        (folder / MARKER).unlink()
-        sync_folder(folder)
-        _remove(folder)
-    for path in list(root.iterdir()) if root.is_dir() else []:
-        cut_short = _step(path) is not None and not os.path.lexists(path / MARKER)
-        # Without a checkpoint to fall back on, a folder that lacks only its marker may be worth a person's look.
-        superseded = cut_short and bool(committed) and _step(path) <= _step(committed[0])  # pyright: ignore
-        if _LEFTOVER.fullmatch(path.name) or superseded:
-            _remove(path)
+    return next(committed(root), None)
 
 
 def is_committed(folder: Path) -> bool:
@@ -81,39 +57,13 @@ def committed_index(folder: Path) -> bytes:
     return data
 
 
-def damaged(folder: Path, what: str) -> UserError:
-    """The error for a committed checkpoint that is no longer what was written; names an older one to use."""
-    return UserError(f"{folder} is damaged: {what}{_instead(folder)}")
+class DamagedError(UserError):
+    """A committed checkpoint is no longer what was written."""
 
 
-def new_leftover(folder: Path) -> Path:
-    """Creates the folder in which ``folder`` is prepared."""
-    path = _aside(folder)
-    path.mkdir(parents=True)
-    return path
-
-
-def refuse_committed(folder: Path) -> None:
-    """Raises ``UserError`` if ``folder`` is a committed checkpoint: those are never written over."""
-    if is_committed(folder):
-        raise UserError(f"{folder} is already a committed checkpoint: remove it or save into another folder")
-
-
-def publish(prepared: Path, folder: Path, *, index: bytes) -> None:
-    """Commits ``prepared``, whose data files are on disk, as ``folder``."""
-    write_synced(prepared / INDEX, index)
-    sync_folder(prepared)
-    refuse_committed(folder)
-    stale = _aside(folder) if os.path.lexists(folder) else None
-    if stale is not None:  # killed between the rename and the marker
-        os.rename(folder, stale)
-    os.rename(prepared, folder)
-    sync_folder(folder.parent)
-    write_synced(folder / f"{MARKER}.tmp", hashlib.sha256(index).hexdigest().encode() + b"\n")
-    os.rename(folder / f"{MARKER}.tmp", folder / MARKER)
-    sync_folder(folder)
-    if stale is not None:
-        _remove(stale)
+def damaged(folder: Path, what: str) -> DamagedError:
+    """Says what is, and names an older checkpoint to use."""
+    return DamagedError(f"{folder} is damaged: {what}{_instead(folder)}")
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -133,14 +83,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _step(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
+    """Of a checkpoint's folder by its name; None for any other."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match and path.name == step_folder(path.parent, int(match[1])).name else None
 
 
-def _committed(root: Path, *, below: int | None = None) -> Iterator[Path]:
+def committed(root: Path, *, below: int | None = None) -> Iterator[Path]:
     """Committed checkpoints under ``root``, newest first, checked only as far as the caller looks."""
-    found = [(step, path) for path in (root.iterdir() if root.is_dir() else ()) if (step := _step(path)) is not None]
+    found = [(step, path) for path in (root.iterdir() if root.is_dir() else ()) if (step := step_of(path)) is not None]
     for step, path in sorted(found, reverse=True):
         if below is not None and step >= below:
             continue
@@ -151,13 +102,9 @@ def _committed(root: Path, *, below: int | None = None) -> Iterator[Path]:
 
 
 def _instead(folder: Path) -> str:
-    step = _step(folder)
-    older = next(_committed(folder.parent, below=step), None) if step is not None else latest(folder.parent)
+    step = step_of(folder)
+    older = next(committed(folder.parent, below=step), None) if step is not None else latest(folder.parent)
     return f": use {older}" if older else f"; there is no older checkpoint in {folder.parent}"
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
 
 
 def _marker(folder: Path) -> str:
@@ -170,7 +117,8 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, or a folder with all in it as far as that goes."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:

@@ -15,7 +15,8 @@ from moetrain.checkpoint.folders import damaged
 from moetrain.checkpoint.types import DTYPE_NAMES, DTYPES
 from moetrain.config import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: files without the checksum of their header."""
 _FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 _LIMIT = 2**63
 
@@ -32,6 +33,15 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A data file: its size in bytes, and the checksum of its header, which is all before the first box."""
+
+    name: str
+    length: int
+    header: int | None  # None: not known, format 1
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor on disk; its boxes tile it."""
 
@@ -42,10 +52,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """A whole ``index.json``. ``files`` are names and sizes in bytes."""
+    """A whole ``index.json``."""
 
     meta: dict[str, Any]
-    files: tuple[tuple[str, int], ...]
+    files: tuple[File, ...]
     tensors: dict[str, Entry]
 
 
@@ -65,7 +75,8 @@ def encode(index: Index) -> bytes:
         for name, entry in sorted(index.tensors.items())
     }
     top = {"format_version": FORMAT_VERSION, "writer": f"moetrain {__version__}", "meta": index.meta}
-    return json.dumps(top | {"files": index.files, "tensors": tensors}, separators=(",", ":")).encode() + b"\n"
+    files = [[file.name, file.length, file.header] for file in index.files]
+    return json.dumps(top | {"files": files, "tensors": tensors}, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(data: bytes, *, folder: Path) -> Index:
@@ -82,13 +93,13 @@ def decode(data: bytes, *, folder: Path) -> Index:
                 f"{folder} was written by {str(top.get('writer'))[:80]!r} in checkpoint format {version}; "
                 f"moetrain {__version__} reads up to format {FORMAT_VERSION}: use a newer moetrain"
             )
-        _expect(version == FORMAT_VERSION, f"format_version {version}")
+        _expect(version in (1, FORMAT_VERSION), f"format_version {version}")
         meta, files, tensors = top.get("meta"), top.get("files"), top.get("tensors")
         _expect(isinstance(meta, dict), "meta is not a mapping")
         _expect(isinstance(files, list), "files is not a list")
         _expect(isinstance(tensors, dict), "tensors is not a mapping")
-        sizes = tuple(_file(file) for file in files)
-        return Index(meta, sizes, {name: _entry(name, entry, sizes) for name, entry in tensors.items()})
+        known = tuple(_file(file, version) for file in files)
+        return Index(meta, known, {name: _entry(name, entry, known) for name, entry in tensors.items()})
     except _BadIndex as error:
         raise damaged(folder, f"index.json: {error}") from error
 
@@ -114,14 +125,17 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(item) for item in value)
 
 
-def _file(value: Any) -> tuple[str, int]:
-    _expect(isinstance(value, list) and len(value) == 2 and isinstance(value[0], str), "a file is not [name, bytes]")
+def _file(value: Any, version: int) -> File:
+    _expect(
+        isinstance(value, list) and len(value) == 1 + version and isinstance(value[0], str),
+        f"a file is not [name, bytes{', checksum' * (version > 1)}]",
+    )
     # Names are matched whole: no separators, no "..", nothing that could leave the folder.
     _expect(_FILE.fullmatch(value[0]) is not None, f"file name {value[0]!r}")
-    return value[0], _integer(value[1])
+    return File(value[0], _integer(value[1]), _integer(value[2]) if version > 1 else None)
 
 
-def _entry(name: str, value: Any, files: tuple[tuple[str, int], ...]) -> Entry:
+def _entry(name: str, value: Any, files: tuple[File, ...]) -> Entry:
     _expect(isinstance(value, dict), f"{name} is not a mapping")
     shape, dtype, boxes = _integers(value.get("shape")), value.get("dtype"), value.get("boxes")
     _expect(isinstance(dtype, str) and dtype in DTYPES, f"{name} has dtype {dtype!r}")
@@ -130,7 +144,7 @@ def _entry(name: str, value: Any, files: tuple[tuple[str, int], ...]) -> Entry:
     return Entry(shape, DTYPES[dtype], tuple(_stored(name, box, shape, DTYPES[dtype].itemsize, files) for box in boxes))
 
 
-def _stored(name: str, value: Any, shape: tuple[int, ...], itemsize: int, files: tuple[tuple[str, int], ...]) -> Stored:
+def _stored(name: str, value: Any, shape: tuple[int, ...], itemsize: int, files: tuple[File, ...]) -> Stored:
     _expect(isinstance(value, list) and len(value) == 6, f"{name}: a box is not a list of six")
     offsets, sizes = _integers(value[0]), _integers(value[1])
     _expect(
@@ -141,6 +155,6 @@ def _stored(name: str, value: Any, shape: tuple[int, ...], itemsize: int, files:
     file, start, length, crc32 = (_integer(item) for item in value[2:])
     _expect(file < len(files), f"{name}: there is no file {file}")
     _expect(length == math.prod(sizes) * itemsize, f"{name}: box {offsets} + {sizes} has {length} bytes")
-    _expect(start + length <= files[file][1], f"{name}: a box ends behind the end of {files[file][0]}")
+    _expect(start + length <= files[file].length, f"{name}: a box ends behind the end of {files[file].name}")
     _expect(start % itemsize == 0, f"{name}: a box at byte {start} is not aligned")
     return Stored((offsets, sizes), file, start, length, crc32)

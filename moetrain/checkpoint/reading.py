@@ -15,13 +15,14 @@ from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.boxes import BoxIndex, intersection, volume, within
 from moetrain.checkpoint.folders import committed_index, damaged
-from moetrain.checkpoint.index import Entry, Index, Stored, decode
+from moetrain.checkpoint.index import Entry, File, Index, Stored, decode
 from moetrain.checkpoint.types import DTYPE_NAMES, Report, check
 from moetrain.checkpoint.wire import Wire
 from moetrain.config import UserError
 from moetrain.logical import Logical
 
-_SLAB = 16 * 2**20
+_SLAB = 4 * 2**20
+"""Bytes that are summed at a time: small enough to be copied from the cache later."""
 
 Copy = tuple[Tensor, tuple[slice, ...]]
 """A view of a chunk to fill, and the part of a stored box to fill it from."""
@@ -29,13 +30,25 @@ Copy = tuple[Tensor, tuple[slice, ...]]
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The ``meta`` that was saved; raises ``UserError`` if ``folder`` is not a committed checkpoint."""
-    return decode(committed_index(folder), folder=folder).meta
+    return read(folder).meta
 
 
 def read_index(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor saved; raises as ``read_meta``."""
-    index = decode(committed_index(folder), folder=folder)
+    index = read(folder)
     return {name: (entry.shape, entry.dtype) for name, entry in index.tensors.items()}
+
+
+def read(folder: Path) -> Index:
+    """All that ``index.json`` says; raises as ``read_meta``."""
+    return decode(committed_index(folder), folder=folder)
+
+
+def check_files(folder: Path, *, group: ProcessGroup | None = None) -> None:
+    """Reads every byte of ``folder`` once, each rank of ``group`` its part. Raises ``DamagedError`` on all of them
+    where a file is missing, truncated or fails a checksum."""
+    wire = Wire(group)
+    wire.together(lambda: _check(folder, read(folder), rank=wire.rank, ranks=wire.world), lambda _: None)
 
 
 def load(
@@ -48,20 +61,23 @@ def load(
     """Fills the chunks of ``tensors`` in place, under any layout; ranks of ``group`` may ask for different names.
 
     ``allow_missing`` are names, or prefixes up to a dot or slash, that need not be on disk: their chunks are left as
-    they are. Raises ``UserError`` on every rank if a tensor is missing or differs in shape or dtype (then no chunk has
-    been touched on that rank), or if a file is missing, truncated or fails its checksum (then chunks hold anything).
+    they are. Raises ``UserError`` on every rank if a tensor is missing or differs in shape or dtype, ``DamagedError``
+    if a file is missing, truncated or fails a checksum, be it of a part that nobody asks for; then no chunk has been
+    touched.
     """
     wire = Wire(group)
     disk: list[Index] = []
+    wanted: dict[str, Logical] = {}
 
-    def mine() -> dict[str, Any]:
+    def whole() -> dict[str, Any]:
         data = committed_index(folder)
         disk.append(decode(data, folder=folder))
-        wanted, missing = _match(folder, disk[0], tensors, allow_missing)
-        _fill(folder, disk[0], _plan(folder, disk[0], wanted))
+        found, missing = _match(folder, disk[0], tensors, allow_missing)
+        wanted.update(found)
+        _check(folder, disk[0], rank=wire.rank, ranks=wire.world)
         return {"sha256": hashlib.sha256(data).hexdigest(), "restored": list(wanted), "missing": missing}
 
-    def lead(ranks: list[dict[str, Any]]) -> dict[str, list[str]]:
+    def report(ranks: list[dict[str, Any]]) -> dict[str, list[str]]:
         if len({rank["sha256"] for rank in ranks}) > 1:
             raise UserError(f"the ranks read different checkpoints at {folder}: is it on a shared disk?")
         restored = {name for rank in ranks for name in rank["restored"]}
@@ -69,7 +85,8 @@ def load(
         unused = disk[0].tensors.keys() - restored
         return {"restored": sorted(restored), "missing": sorted(missing), "unused": sorted(unused)}
 
-    names = wire.together(mine, lead)
+    names = wire.together(whole, report)
+    wire.together(lambda: _fill(folder, disk[0], _plan(folder, disk[0], wanted)), lambda _: None)
     return Report(disk[0].meta, tuple(names["restored"]), tuple(names["missing"]), tuple(names["unused"]))
 
 
@@ -130,18 +147,36 @@ def _plan(folder: Path, index: Index, wanted: dict[str, Logical]) -> list[tuple[
     return sorted(plan, key=lambda read: (read[1].file, read[1].start))
 
 
+def _check(folder: Path, index: Index, *, rank: int, ranks: int) -> None:
+    """One rank's part of all checksums, a run of as many bytes as the others'. Raises ``DamagedError``."""
+    boxes = [(stored, name) for name, entry in index.tensors.items() for stored in entry.boxes]
+    parts = [(stored.file, stored.start, stored.length, stored.crc32, name) for stored, name in boxes]
+    first = {i: file.length for i, file in enumerate(index.files)}
+    for file, start, *_ in parts:
+        first[file] = min(first[file], start)
+    parts += [(i, 0, first[i], file.header, "its header") for i, file in enumerate(index.files)]
+    parts.sort(key=lambda part: part[:2])
+    total, before = sum(part[2] for part in parts), 0
+    opened, mapped = -1, None
+    for file, start, length, expected, name in parts:
+        mine = before * ranks // max(1, total) == rank
+        before += length
+        if not mine:
+            continue
+        if mapped is None or file != opened:
+            opened, mapped = file, _map(folder, index.files[file])
+        crc32 = 0
+        for at in range(start, start + length, _SLAB):
+            crc32 = zlib.crc32(memoryview(mapped)[at : min(at + _SLAB, start + length)], crc32)
+        if expected is not None and crc32 != expected:
+            raise damaged(folder, f"{index.files[file].name} fails the checksum of {name}")
+
+
 def _fill(folder: Path, index: Index, plan: list[tuple[str, Stored, list[Copy]]]) -> None:
     opened, mapped = -1, None
     for name, stored, copies in plan:
         if mapped is None or stored.file != opened:
-            opened, mapped = stored.file, _map(folder, *index.files[stored.file])
-        # Read whole means summed whole. A part of a box cannot be checked without reading the rest.
-        if sum(target.numel() for target, _ in copies) >= volume(stored.box):
-            crc32 = 0
-            for at in range(stored.start, stored.start + stored.length, _SLAB):
-                crc32 = zlib.crc32(memoryview(mapped)[at : min(at + _SLAB, stored.start + stored.length)], crc32)
-            if crc32 != stored.crc32:
-                raise damaged(folder, f"{index.files[stored.file][0]} fails the checksum of {name}")
+            opened, mapped = stored.file, _map(folder, index.files[stored.file])
         _copy(mapped, stored, index.tensors[name], copies)
 
 
@@ -153,17 +188,17 @@ def _copy(mapped: mmap.mmap, stored: Stored, entry: Entry, copies: list[Copy]) -
             target.copy_(source[part])
 
 
-def _map(folder: Path, name: str, size: int) -> mmap.mmap:
+def _map(folder: Path, file: File) -> mmap.mmap:
     """A private map of a data file: writable for torch's sake, but nothing written to it would reach the disk."""
-    path = folder / name
+    name, size, path = file.name, file.length, folder / file.name
     try:
         if not path.is_file():
             raise damaged(folder, f"{name} is missing")
-        with open(path, "rb") as file:
+        with open(path, "rb") as opened:
             # A map that is longer than its file kills the process when its end is touched.
-            if (found := os.fstat(file.fileno()).st_size) != size:
+            if (found := os.fstat(opened.fileno()).st_size) != size:
                 raise damaged(folder, f"{name} has {found} bytes, not {size}")
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -8,7 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from moetrain.checkpoint.folders import DamagedError
+from moetrain.checkpoint.life import SupersededError
 from moetrain.config import UserError
+
+_KINDS = {"damaged": DamagedError, "superseded": SupersededError, "user": UserError}
+"""The narrowest first."""
 
 
 class Wire:
@@ -25,7 +30,7 @@ class Wire:
         """Each rank computes ``mine``, rank 0 ``lead`` of the list of all; every rank gets that result.
 
         Both return JSON data. Raises on every rank what was raised on any: the original where it was raised,
-        elsewhere ``UserError`` with the same words, or ``RuntimeError`` naming the rank.
+        elsewhere the same kind of ``UserError`` with the same words, or ``RuntimeError`` naming the rank.
         """
         failure: Exception | None = None
         try:
@@ -47,8 +52,8 @@ class Wire:
         if failure is not None:
             raise failure
         if "error" in verdict:
-            user, text = verdict["error"]
-            raise UserError(text) if user else RuntimeError(f"rank {verdict['rank']}: {text}")
+            kind, text = verdict["error"]
+            raise _KINDS[kind](text) if kind else RuntimeError(f"rank {verdict['rank']}: {text}")
         return verdict["value"]
 
     def _gather(self, data: Any) -> list[Any] | None:
@@ -77,8 +82,8 @@ class Wire:
 
 
 def _describe(error: Exception) -> dict[str, Any]:
-    user = isinstance(error, UserError)
-    return {"error": [user, str(error) if user else f"{type(error).__name__}: {error}"]}
+    kind = next((kind for kind, of in _KINDS.items() if isinstance(error, of)), "")
+    return {"error": [kind, str(error) if kind else f"{type(error).__name__}: {error}"]}
 
 
 def _pack(data: Any) -> torch.Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.checkpoint.boxes import Box, untiled, volume
-from moetrain.checkpoint.folders import new_leftover, publish, refuse_committed
-from moetrain.checkpoint.index import Entry, Index, Stored, encode, file_name
+from moetrain.checkpoint.index import Entry, File, Index, Stored, encode, file_name
+from moetrain.checkpoint.life import Life, prepare, publish, refuse_committed
 from moetrain.checkpoint.types import DTYPE_NAMES, DTYPES, check
 from moetrain.checkpoint.wire import Wire
 from moetrain.logical import Logical
@@ -35,33 +35,40 @@ _SLAB = 4 * 2**20
 """Bytes that are summed and written at a time: small enough to be summed and copied while in the cache."""
 
 
-def save(folder: Path, tensors: dict[str, Logical], meta: dict[str, Any], *, group: ProcessGroup | None) -> None:
+def save(
+    folder: Path, tensors: dict[str, Logical], meta: dict[str, Any], *, group: ProcessGroup | None,
+    life: Life | None = None,
+) -> None:  # fmt: skip
     """Writes and commits a checkpoint of all ranks of ``group`` (``None``: this process alone) as ``folder``.
 
     ``folder`` lies on a file system that all ranks share; its parent is made if need be. ``meta`` is rank 0's, plain
-    JSON data (keys come back as strings, tuples as lists). A name may be known to some ranks only. Raises ``UserError``
-    if ``folder`` is committed already, ``ValueError`` if boxes do not tile their tensor, on every rank alike; then
-    nothing that could be taken for a checkpoint is left.
+    JSON data (keys come back as strings, tuples as lists). ``life`` has to last until the commit; None where nobody
+    else can be writing. A name may be known to some ranks only. Raises on every rank alike ``UserError`` if ``folder``
+    is committed already, ``SupersededError`` if the life is over, ``ValueError`` if boxes do not tile their tensor;
+    then nothing that could be taken for a checkpoint is left.
     """
     wire = Wire(group)
-    lead = _Lead(folder, meta)
+    lead = _Lead(folder, meta, life)
     try:
         plan = wire.together(lambda: _describe(tensors), lead.plan)
         held = [(name, i) for name, logical in tensors.items() for i in range(len(logical.chunks))]
         mine = [held[position] for position in plan["write"][wire.rank]]
-        path = folder.with_name(plan["prepared"]) / file_name(wire.rank)
+        path = folder.parent / plan["prepared"] / file_name(wire.rank)
         wire.together(lambda: _write(path, mine, tensors), lead.commit)
-    except BaseException:
+    except BaseException as error:
         lead.clean()
+        if life is not None and isinstance(error, Exception) and not life.lasts:
+            raise life.superseded() from error
         raise
 
 
 class _Lead:
     """What rank 0 remembers between its two decisions."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], life: Life | None) -> None:
         self.folder = folder
         self.meta = meta
+        self.life = life
         self.prepared: Path | None = None
         self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.assigned: list[list[tuple[str, Box]]] = []
@@ -84,8 +91,8 @@ class _Lead:
             load[rank] += volume(box) * self.shapes[name][1].itemsize
             write[rank].append(by_rank[rank])
             self.assigned[rank].append((name, box))
-        self.prepared = new_leftover(self.folder)
-        return {"prepared": self.prepared.name, "write": write}
+        self.prepared = prepare(self.folder, self.life)
+        return {"prepared": str(self.prepared.relative_to(self.folder.parent)), "write": write}
 
     def _holders(self, ranks: list[dict[str, Any]]) -> dict[str, dict[Box, dict[int, int]]]:
         """Name -> non-empty box -> rank -> position of the box in what that rank described."""
@@ -107,7 +114,7 @@ class _Lead:
     def commit(self, ranks: list[dict[str, Any]]) -> None:
         """What the ranks wrote -> the index, the rename, the marker."""
         assert self.prepared is not None
-        files: list[tuple[str, int]] = []
+        files: list[File] = []
         stored: dict[str, list[Stored]] = {name: [] for name in self.shapes}
         for rank, (wrote, assigned) in enumerate(zip(ranks, self.assigned, strict=True)):
             if not assigned:
@@ -117,12 +124,12 @@ class _Lead:
                 raise RuntimeError(f"rank 0 does not see what rank {rank} wrote: is {path.parent} on a shared disk?")
             for (name, box), place in zip(assigned, wrote["places"], strict=True):
                 stored[name].append(Stored(box, len(files), *place))
-            files.append((path.name, wrote["bytes"]))
+            files.append(File(path.name, wrote["bytes"], wrote["header"]))
         tensors = {
             name: Entry(shape, dtype, tuple(sorted(stored[name], key=lambda s: s.box)))
             for name, (shape, dtype) in self.shapes.items()
         }
-        publish(self.prepared, self.folder, index=encode(Index(self.meta, tuple(files), tensors)))
+        publish(self.prepared, self.folder, index=encode(Index(self.meta, tuple(files), tensors)), life=self.life)
 
     def clean(self) -> None:
         if self.prepared is not None:
@@ -145,7 +152,7 @@ def _write(path: Path, mine: list[tuple[str, int]], tensors: dict[str, Logical])
     the format forbids.
     """
     if not mine:
-        return {"bytes": 0, "places": []}
+        return {"bytes": 0, "header": 0, "places": []}
     order = sorted(range(len(mine)), key=lambda k: -tensors[mine[k][0]].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(mine)
@@ -164,7 +171,8 @@ def _write(path: Path, mine: list[tuple[str, int]], tensors: dict[str, Logical])
     text += b" " * (-len(text) % 8)
     origin = 8 + len(text)
     with open(path, "xb", buffering=2**20) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        head = len(text).to_bytes(8, "little") + text
+        file.write(head)
         for k in order:
             name, i = mine[k]
             crc32 = 0
@@ -176,7 +184,7 @@ def _write(path: Path, mine: list[tuple[str, int]], tensors: dict[str, Logical])
             places[k] = (origin + places[k][0], places[k][1], crc32)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": origin + end, "places": places}
+    return {"bytes": origin + end, "header": zlib.crc32(head), "places": places}
 
 
 def _key(name: str, logical: Logical, i: int) -> str:

@@ -1,4 +1,4 @@
-"""The frozen checkpoint of format 1: its tensors in closed form. Run it to write the folder anew (a new format only).
+"""Frozen checkpoints of every format: their tensors in closed form. Run it to write the newest one (a new format only).
 
 ``python tests/data/make_checkpoint.py`` refuses to overwrite: what is on disk is what past versions wrote.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain import checkpoint
 from moetrain.checkpoint import Chunk, Logical
 
-FOLDER = Path(__file__).parent / "checkpoint-v1" / "step-00000003"
+FOLDERS = [Path(__file__).parent / f"checkpoint-v{version}" / "step-00000003" for version in (1, 2)]
 META = {"step": 3, "consumed_samples": 96, "loss": 2.5, "skipped": [[4, 8]], "note": "é"}
 
 SHAPES = {
@@ -55,4 +55,4 @@ def logical(name: str, tensor: Tensor) -> Logical:
 
 
 if __name__ == "__main__":
-    checkpoint.save(FOLDER, {name: logical(name, value(name)) for name in SHAPES}, META, group=None)
+    checkpoint.save(FOLDERS[-1], {name: logical(name, value(name)) for name in SHAPES}, META, group=None)

@@ -54,10 +54,11 @@ def load(folder):
 # What comes back
 
 
-def test_frozen_checkpoint_loads_bit_for_bit():
+@pytest.mark.parametrize("folder", FROZEN["FOLDERS"], ids=lambda folder: folder.parent.name)
+def test_frozen_checkpoints_load_bit_for_bit(folder):
     shapes, value, logical = FROZEN["SHAPES"], FROZEN["value"], FROZEN["logical"]
     tensors = {name: torch.zeros_like(value(name)) for name in shapes}
-    report = checkpoint.load(FROZEN["FOLDER"], {n: logical(n, t) for n, t in tensors.items()}, group=None)
+    report = checkpoint.load(folder, {n: logical(n, t) for n, t in tensors.items()}, group=None)
     assert report.meta == FROZEN["META"]
     assert report.restored == tuple(sorted(shapes))
     assert report.missing == report.unused == ()
@@ -65,19 +66,20 @@ def test_frozen_checkpoint_loads_bit_for_bit():
         assert tensor.dtype == shapes[name][1]
         assert torch.equal(tensor, value(name)), name
     whole_tensors = {name: torch.zeros_like(value(name)) for name in shapes}
-    checkpoint.load(FROZEN["FOLDER"], {n: whole(t) for n, t in whole_tensors.items()}, group=None)
+    checkpoint.load(folder, {n: whole(t) for n, t in whole_tensors.items()}, group=None)
     assert all(torch.equal(t, value(name)) for name, t in whole_tensors.items())
-    assert checkpoint.read_index(FROZEN["FOLDER"]) == shapes
-    assert checkpoint.latest(FROZEN["FOLDER"].parent) == FROZEN["FOLDER"]
+    assert checkpoint.read_index(folder) == shapes
+    assert checkpoint.latest(folder.parent) == folder
 
 
 def test_the_format_has_not_drifted(tmp_path):
     folder = checkpoint.step_folder(tmp_path, 3)
     tensors = {name: FROZEN["logical"](name, FROZEN["value"](name)) for name in FROZEN["SHAPES"]}
     checkpoint.save(folder, tensors, FROZEN["META"], group=None)
-    for path in FROZEN["FOLDER"].glob("rank-*"):
+    frozen = FROZEN["FOLDERS"][-1]
+    for path in frozen.glob("rank-*"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
-    new, old = (json.loads((f / "index.json").read_bytes()) for f in (folder, FROZEN["FOLDER"]))
+    new, old = (json.loads((f / "index.json").read_bytes()) for f in (folder, frozen))
     assert {**new, "writer": ""} == {**old, "writer": ""}, "a changed format needs a new format_version"
 
 
@@ -114,7 +116,7 @@ def test_data_files_open_with_safetensors(tmp_path):
     with safe_open(folder / "rank-00000.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["b", "h", "w"]
         assert torch.equal(file.get_tensor("h"), tensor_of(state(4), "h"))
-    with safe_open(FROZEN["FOLDER"] / "rank-00000.safetensors", framework="pt") as file:
+    with safe_open(FROZEN["FOLDERS"][-1] / "rank-00000.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("embedding.weight[10:20,0:8]"), FROZEN["value"]("embedding.weight")[10:20])
 
 
@@ -192,24 +194,97 @@ def test_latest_goes_by_the_marker_alone(tmp_path):
         checkpoint.read_meta(tmp_path / "step-00000002")
 
 
-def test_prune_keeps_the_newest_and_clears_what_dead_saves_left(tmp_path):
+def names(root):
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_prune_keeps_the_newest_and_those_of_every_nth_step(tmp_path):
     with pytest.raises(ValueError, match="keep=0"):
         checkpoint.prune(tmp_path, keep=0)
     checkpoint.prune(tmp_path / "none", keep=1)
-    (tmp_path / "step-00000003").mkdir()
-    (tmp_path / "step-00000003.tmp-0a1b").mkdir()
-    checkpoint.prune(tmp_path, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"], "no checkpoint yet: kept for a person to look at"
-    for step in (1, 2, 4, 5):
+    for step in (1, 2, 3, 4, 5, 6):
         save(tmp_path, step)
-    for name in ("notes", "step-00000005.tmp-0a1b", "step-00000008"):
+    for name in ("notes", "step-00000008"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000002" / "index.json").write_text("{}")
-    checkpoint.prune(tmp_path, keep=2)
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == ["notes", "step-00000002", "step-00000004", "step-00000005", "step-00000008"]
+    checkpoint.prune(tmp_path, keep=2, keep_every=3)
+    kept = ["notes", "step-00000002", "step-00000003", "step-00000005", "step-00000006", "step-00000008"]
+    assert names(tmp_path) == kept, "an index that is not the one committed is kept for a person to look at"
     checkpoint.prune(tmp_path, keep=1)
-    assert load(checkpoint.latest(tmp_path)).meta["step"] == 5
+    assert names(tmp_path) == ["notes", "step-00000002", "step-00000006", "step-00000008"]
+    assert load(checkpoint.latest(tmp_path)).meta["step"] == 6
+
+
+def test_a_new_life_clears_what_the_dead_left(tmp_path):
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003.tmp-0a1b").mkdir()
+    checkpoint.take_over(tmp_path)
+    assert names(tmp_path) == ["life-00000001", "step-00000003"], "no checkpoint yet: kept for a person to look at"
+    (tmp_path / "life-00000001" / "step-00000004.0a1b").mkdir()
+    save(tmp_path, 5)
+    for name in ("notes", "step-00000008", "step-00000005.aside-0a1b", "life-00000007.over-0a1b"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.take_over(tmp_path).number == 2
+    assert names(tmp_path) == [
+        "life-00000002", "notes", "step-00000005", "step-00000005.aside-0a1b", "step-00000008",
+    ]  # fmt: skip
+
+
+def test_a_life_that_is_over_can_neither_commit_nor_remove(tmp_path):
+    old = checkpoint.take_over(tmp_path)
+    for step in (1, 2):
+        checkpoint.save(checkpoint.step_folder(tmp_path, step), state(step), {"step": step}, group=None, life=old)
+    new = checkpoint.take_over(tmp_path)
+    before = names(tmp_path)
+    for late in (
+        lambda: checkpoint.save(checkpoint.step_folder(tmp_path, 3), state(3), {"step": 3}, group=None, life=old),
+        lambda: checkpoint.prune(tmp_path, keep=1, life=old),
+        lambda: checkpoint.set_aside(checkpoint.step_folder(tmp_path, 2), life=old),
+    ):
+        with pytest.raises(checkpoint.SupersededError, match="life 1 of the run was taken over by life 2"):
+            late()
+    assert names(tmp_path) == before
+    checkpoint.prune(tmp_path, keep=1, life=new)
+    assert names(tmp_path) == ["life-00000002", "step-00000002"]
+    assert list(new.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", ["open", "mkdir", "rename", "fsync"])
+def test_a_life_is_taken_over_in_the_middle_of_a_save(tmp_path, monkeypatch, operation):
+    """Before each call of the operation in turn: what is there is committed whole, or nothing of it."""
+    real = {"open": open, "mkdir": os.mkdir, "rename": os.rename, "fsync": os.fsync}[operation]
+    for at in range(50):
+        root = tmp_path / str(at)
+        old, left = checkpoint.take_over(root), [at]
+
+        def late(*args, left=left, root=root, **more):
+            left[0] -= 1
+            if left[0] == -1:
+                monkeypatch.undo()
+                checkpoint.take_over(root)
+            return real(*args, **more)
+
+        target = "builtins.open" if operation == "open" else f"os.{operation}"
+        monkeypatch.setattr(target, late)
+        try:
+            checkpoint.save(checkpoint.step_folder(root, 3), state(3), {"step": 3}, group=None, life=old)
+        except checkpoint.SupersededError:
+            assert names(root) == ["life-00000002"]
+        else:
+            assert load(checkpoint.latest(root)).meta["step"] == 3
+        monkeypatch.undo()
+        if left[0] >= 0:
+            break
+    assert at > 0
+    assert left[0] >= 0
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path):
+    life, folder = checkpoint.take_over(tmp_path), save(tmp_path, 4)
+    aside = checkpoint.set_aside(folder, life=life)
+    assert aside.name.startswith("step-00000004.aside-")
+    assert names(tmp_path) == ["life-00000001", aside.name]
+    assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_committed_checkpoint_is_never_written_over(tmp_path):
@@ -227,7 +302,7 @@ def test_a_committed_checkpoint_is_never_written_over(tmp_path):
 
 
 def test_everything_is_on_disk_before_it_is_named(tmp_path, monkeypatch):
-    """The order that a power cut would test: data, index, folder; rename, root; marker, its rename, folder."""
+    """The order that a power cut would test: data, index, marker, folder; the rename that commits; root."""
     done = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
@@ -238,12 +313,10 @@ def test_everything_is_on_disk_before_it_is_named(tmp_path, monkeypatch):
     assert done == [
         prepared / "rank-00000.safetensors",
         prepared / "index.json",
+        prepared / "COMMITTED",
         prepared,
         (prepared.name, folder.name),
         tmp_path,
-        folder / "COMMITTED.tmp",
-        ("COMMITTED.tmp", "COMMITTED"),
-        folder,
     ]
 
 

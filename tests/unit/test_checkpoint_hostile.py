@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,24 @@ def test_damage_names_the_file_and_an_older_checkpoint(tmp_path, damage, says):
         checkpoint.load(folder, empty(state(0)), group=None)
 
 
+def test_a_flip_of_any_byte_is_found(tmp_path):
+    folder = save(tmp_path, 5)
+    for name in ("rank-00000.safetensors", "index.json", "COMMITTED"):
+        path = folder / name
+        data = path.read_bytes()
+        for at in range(len(data) - (name == "COMMITTED")):  # whose last byte ends a line
+            path.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+            with pytest.raises(checkpoint.DamagedError, match=re.escape(str(folder))):
+                checkpoint.check_files(folder)
+        path.write_bytes(data)
+    checkpoint.check_files(folder)
+
+
 def test_a_newer_format_says_who_wrote_it(tmp_path):
     folder = save(tmp_path, 5)
-    index = json.loads((folder / "index.json").read_bytes()) | {"format_version": 2, "writer": "moetrain 9.1"}
+    index = json.loads((folder / "index.json").read_bytes()) | {"format_version": 3, "writer": "moetrain 9.1"}
     commit_anew(folder, json.dumps(index).encode())
-    with pytest.raises(UserError, match=r"written by 'moetrain 9\.1' in checkpoint format 2.*reads up to format 1"):
+    with pytest.raises(UserError, match=r"written by 'moetrain 9\.1' in checkpoint format 3.*reads up to format 2"):
         checkpoint.read_meta(folder)
 
 
@@ -104,6 +118,7 @@ def planted():
     )
     yield from ((("files", 0, 0), name) for name in (*names, None, 5, ["a"]))
     yield from ((("files", 0, 1), v) for v in (-1, 2**70, "9", None, 1, 10**9))
+    yield from ((("files", 0, 2), v) for v in (-1, 2**64, "9", None, 1))
     yield from ((("tensors", "w"), v) for v in (None, [], "x", {}))
     yield from ((("tensors", "w", "shape"), v) for v in (None, [-3, -4], [2**40, 2**40], [3, 4, 1], [3, "4"], [3.0, 4]))
     yield from ((("tensors", "w", "dtype"), v) for v in (None, "float8", ["float32"], {}, "__class__", "float64"))
@@ -123,6 +138,7 @@ ONLY_SEEN_WHEN_LOADED = (
     (("tensors", "w", "boxes"), []),
     (("tensors", "w", "boxes", 0, 5), 0),
     (("files", 0, 1), 10**9),
+    (("files", 0, 2), 1),
 )
 """Well-formed, but not the truth about the data; everything else is refused before a data file is opened."""
 

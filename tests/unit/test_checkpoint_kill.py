@@ -54,7 +54,7 @@ def exit_code(pid):
 
 
 def die_at(root, operation):
-    """Saves step 2 and prunes, but dies before the given operation on the disk, counted from zero."""
+    """Takes over, saves step 2 and prunes, but dies before the given operation on the disk, counted from zero."""
     left = [operation]
 
     def watch(event, args):
@@ -65,8 +65,15 @@ def die_at(root, operation):
             left[0] -= 1
 
     sys.addaudithook(watch)
-    checkpoint.save(checkpoint.step_folder(root, 2), state(2), {"step": 2}, group=None)
-    checkpoint.prune(root, keep=1)
+    save_two(root)
+
+
+def save_two(root):
+    life = checkpoint.take_over(root)
+    if checkpoint.latest(root) != checkpoint.step_folder(root, 2):
+        checkpoint.save(checkpoint.step_folder(root, 2), state(2), {"step": 2}, group=None, life=life)
+    checkpoint.prune(root, keep=1, life=life)
+    return life
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -75,7 +82,7 @@ def test_killed_at_every_operation(tmp_path, stale):
     for operation in range(200):
         root = tmp_path / str(operation)
         checkpoint.save(checkpoint.step_folder(root, 1), state(1), {"step": 1}, group=None)
-        if stale:  # the same step, once before killed between its rename and its marker
+        if stale:  # the same step, once before killed between its rename and its marker, as format 1 had it
             checkpoint.save(checkpoint.step_folder(root, 2), state(7), {"step": 7}, group=None)
             (root / "step-00000002" / "COMMITTED").unlink()
         code = exit_code(forked(die_at, root, operation))
@@ -83,10 +90,9 @@ def test_killed_at_every_operation(tmp_path, stale):
         for folder in root.glob("step-*"):  # what is half removed must not look whole either
             if is_committed(folder):
                 consistent(folder)
-        if seen[-1] == 1:  # the run resumes, and gets there
-            checkpoint.save(checkpoint.step_folder(root, 2), state(2), {"step": 2}, group=None)
-        checkpoint.prune(root, keep=1)
-        assert [p.name for p in root.iterdir()] == ["step-00000002"]
+        life = save_two(root)  # the run resumes, and gets there
+        assert {p.name for p in root.iterdir()} == {"step-00000002", life.folder.name}
+        assert not list(life.folder.iterdir())
         assert consistent(checkpoint.latest(root)) == 2
         if code == 0:
             break
@@ -97,12 +103,13 @@ def test_killed_at_every_operation(tmp_path, stale):
 
 
 def save_forever(root):
+    life = checkpoint.take_over(root)
     newest = checkpoint.latest(root)
     step = consistent(newest) if newest else 0
     while True:
         step += 1
-        checkpoint.save(checkpoint.step_folder(root, step), state(step), {"step": step}, group=None)
-        checkpoint.prune(root, keep=2)
+        checkpoint.save(checkpoint.step_folder(root, step), state(step), {"step": step}, group=None, life=life)
+        checkpoint.prune(root, keep=2, life=life)
 
 
 def test_sigkill_at_random_moments(tmp_path):
@@ -123,15 +130,17 @@ def save_forever_on(rank, world, store, root):
     dist.init_process_group(
         "gloo", rank=rank, world_size=world, store=dist.FileStore(str(store), world), timeout=timedelta(seconds=20)
     )
+    life = checkpoint.take_over(root) if rank == 0 else None
+    dist.barrier()
     newest = checkpoint.latest(root)
     step = consistent(newest) if newest else 0
     dist.barrier()
     while True:
         step += 1
         folder = checkpoint.step_folder(root, step)
-        checkpoint.save(folder, state(step, rank, world), {"step": step}, group=dist.group.WORLD)
+        checkpoint.save(folder, state(step, rank, world), {"step": step}, group=dist.group.WORLD, life=life)
         if rank == 0:
-            checkpoint.prune(root, keep=2)
+            checkpoint.prune(root, keep=2, life=life)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
