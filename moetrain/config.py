@@ -49,6 +49,17 @@ def config(cls: Any = None, *, group: str | None = None, name: str | None = None
     return wrap if cls is None else wrap(cls)
 
 
+def option(cls: type) -> str | None:
+    """The name of an option's class in its group; None for any other node, be it one with a key ``kind``."""
+    own = any(f.name == "kind" for f in dataclasses.fields(cls))
+    return None if own else vars(cls).get("kind")
+
+
+def default(f: dataclasses.Field) -> Any:
+    """Of a node's field."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 def dump(node: Any) -> Any:
     """Node -> plain YAML data. Options carry their name under ``kind``, so the file stands on its own."""
     if dataclasses.is_dataclass(node):

@@ -37,16 +37,31 @@ class DType(DTypeName):
 class RunConfig:
     """A run is the folder ``dir/name``: config.yaml, metrics.jsonl, logs/, checkpoints/, summary.json.
 
-    ``resume``: ``auto`` continues from the newest committed checkpoint of the folder, or starts; ``never`` only starts.
+    ``resume``: ``auto`` continues from the newest whole checkpoint of the folder, or starts; ``never`` only starts; a
+    path continues from that checkpoint of the folder. ``fork`` and ``warm_start`` start from another run's checkpoint,
+    RUN or RUN@STEP, RUN a folder or a name under ``dir``: with all of its state, or with its weights alone. A run that
+    has a checkpoint of its own goes on from that: the same command starts and continues.
     """
 
     name: str = "default"
     dir: str = "runs"
     resume: str = "auto"
+    fork: str | None = None
+    warm_start: str | None = None
+    allow: list[str] = field(default_factory=list)  # keys of the config that may differ from what was trained so far
+    allow_missing: list[str] = field(default_factory=list)  # tensors that the checkpoint need not have
+    reset: list[str] = field(default_factory=list)  # of optim, data: begin anew, once where it is added to the config
 
     def __post_init__(self) -> None:
         if not self.name.strip("./") or ".." in Path(self.name).parts:
             raise UserError(f"run.name={self.name!r} cannot name a folder: use letters, digits and dashes")
+        if self.fork and self.warm_start:
+            raise UserError(
+                f"run.fork={self.fork} and run.warm_start={self.warm_start}: a run starts from one of them, set the "
+                f"other to null"
+            )
+        if wrong := [name for name in self.reset if name not in ("optim", "data")]:
+            raise UserError(f"run.reset={self.reset}: {wrong[0]!r} is not one of optim, data")
 
     @property
     def folder(self) -> Path:
@@ -90,6 +105,7 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 100  # steps; 0 = at the end only
     keep: int = 2  # newest committed ones kept; 0 = all
+    keep_every: int = 0  # steps whose checkpoints are kept besides; 0 = none
 
 
 @config
