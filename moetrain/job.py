@@ -1,12 +1,10 @@
 """The root of the config, and what is checked before any rank starts: a job that cannot run says so in one line."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from moetrain import checkpoint
 from moetrain import parallel as parallelism
 from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
@@ -14,12 +12,10 @@ from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_c
 from moetrain.layouts import Layout
 from moetrain.logical import DTypeName
 from moetrain.model.transformer import ModelConfig, Transformer
-from moetrain.optim import OptimConfig, check_saved
-from moetrain.parallel import state
+from moetrain.optim import OptimConfig
 from moetrain.parallel.context import ContextConfig
 from moetrain.parallel.data import ShardingConfig
 from moetrain.parallel.pipeline import check_enough
-from moetrain.parallel.plan import whole
 from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
 from moetrain.telemetry.health import HealthConfig
@@ -209,61 +205,3 @@ def open_data(cfg: Config, *, log) -> Data:
 
 def checkpoints(cfg: Config) -> Path:
     return cfg.run.folder / "checkpoints"
-
-
-def find_resume(cfg: Config) -> Path | None:
-    """The checkpoint to continue from, or None to start; raises ``UserError`` where ``never`` finds one."""
-    if cfg.run.resume not in ("auto", "never"):
-        raise UserError(f"run.resume={cfg.run.resume!r} is not one of auto, never")
-    newest = checkpoint.latest(checkpoints(cfg)) if checkpoints(cfg).is_dir() else None
-    if newest is not None and cfg.run.resume == "never":
-        raise UserError(
-            f"run.resume=never, but {cfg.run.folder} already holds {newest.name}: choose another run.name, "
-            f"or continue it with run.resume=auto"
-        )
-    return newest
-
-
-def preflight(cfg: Config, *, world: int, log) -> None:
-    """Everything that can be refused before a rank starts. Writes nothing but the run folder and the data cache."""
-    check(cfg, world=world)
-    newest = find_resume(cfg)
-    if newest is not None:
-        _check_same_model(cfg, newest)
-        check_saved(cfg.optim, checkpoint.read_index(newest), newest)
-    data = open_data(cfg, log=log)
-    if newest is not None:
-        check_same_data(checkpoint.read_meta(newest), data, newest)
-    folder = cfg.run.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as e:
-        raise UserError(
-            f"run folder {folder} cannot be written ({e.strerror}): set run.dir or run.name to a folder you can write"
-        ) from e
-
-
-def check_same_data(meta: dict, data: Data, newest: Path) -> None:
-    """A run's samples are fixed by its data's fingerprint; raises ``UserError`` where another one would go on."""
-    if meta.get("data") != data.loader.fingerprint:
-        raise UserError(
-            f"{newest} was trained on other data, mix, seq_len or seed (fingerprint {str(meta.get('data'))[:12]}, now "
-            f"{data.loader.fingerprint[:12]}): restore them to continue it, or start anew with another run.name"
-        )
-
-
-def _check_same_model(cfg: Config, newest: Path) -> None:
-    with torch.device("meta"):
-        model = Transformer(cfg.model)
-        wanted = state.parameters(model, whole(model))
-    saved = {n.removeprefix("model."): shape for n, (shape, _) in checkpoint.read_index(newest).items()}
-    for name, logical in wanted.items():
-        if tuple(saved.get(name, ())) != logical.shape:
-            have = f"is {tuple(saved[name])}" if name in saved else "is not"
-            raise UserError(
-                f"{newest} is a checkpoint of another model: {name} {have} in it, this config makes it "
-                f"{logical.shape}: choose another run.name or the config it was made with"
-            )

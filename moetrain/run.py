@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moetrain import __version__, comm, kernels
 from moetrain import config as configs
+from moetrain.begin import begin
 from moetrain.config import UserError
 from moetrain.evaluate import Score, bigram_score
-from moetrain.job import Config, checkpoints, find_resume, open_data
+from moetrain.job import Config, open_data
 from moetrain.model.flops import flops_per_token, size
 from moetrain.model.transformer import ModelConfig
 from moetrain.telemetry.alerts import Action, Alerts
@@ -72,13 +73,7 @@ def _run(cfg: Config, world: World, log: logging.Logger) -> None:
     trainer = Trainer(cfg, world, data)
     for line in describe(trainer):
         log.info(line)
-    newest = find_resume(cfg)
-    comm.barrier(world.host_group)  # nobody trains, saves and prunes while another still looks
-    if newest is not None:
-        trainer.load(newest)
-        log.info(f"resumed from {newest} at step {trainer.steps}, {trainer.consumed} samples seen")
-    else:
-        log.info(f"starting anew: no committed checkpoint in {checkpoints(cfg)}")
+    begin(trainer, log)
     last = cfg.train.steps
     if cfg.train.exit_after is not None:
         last = min(last, trainer.steps + cfg.train.exit_after)

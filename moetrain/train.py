@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from moetrain import __version__, checkpoint, comm
 from moetrain import config as configs
 from moetrain.evaluate import Rows, Score, evaluate, summed_loss
-from moetrain.job import Config, Data, batch_at, check, check_same_data, checkpoints
+from moetrain.job import Config, Data, batch_at, check, checkpoints
 from moetrain.logical import Logical
 from moetrain.mesh import Mesh
 from moetrain.model.init import initialize
@@ -22,6 +23,7 @@ from moetrain.parallel import parallelize, state
 from moetrain.parallel.context import Part
 from moetrain.parallel.data import Units, reshard, set_last_micro_batch
 from moetrain.parallel.pipeline import Forward
+from moetrain.resume import Start, check_same_data
 from moetrain.world import World, allow_fixed_order, fixed_order
 
 _IN_FLIGHT = 4
@@ -78,6 +80,9 @@ class Trainer:
         )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # optimizer updates done, samples seen
+        self.fresh_from = 0  # the step at which the optimizer's state began
+        self.changes: list[dict[str, Any]] = []  # of the config, since the run began
+        self.life: checkpoint.Life | None = None  # the right to save where others may want to
 
     def step(self, *, seen: Seen | None = None, watch: bool = False) -> StepResult:
         """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
@@ -236,6 +241,8 @@ class Trainer:
     def save(self) -> Path:
         meta = {
             "step": self.steps, "consumed": self.consumed, "data": self.data.loader.fingerprint,
+            "fresh_from": self.fresh_from, "changes": self.changes, "life": self.life and self.life.number,
+            "ranks": self.world.size, "layout": str(self.mesh.layout),
             "moetrain": __version__, "torch": torch.__version__, "config": configs.dump(self.cfg),
         }  # fmt: skip
         folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
@@ -243,9 +250,10 @@ class Trainer:
         if self.mover:
             tensors |= self.mover.tensors()
             meta["placement"] = self.mover.measured()
-        checkpoint.save(folder, tensors, meta, group=self.world.host_group)
-        if self.world.main and self.cfg.checkpoint.keep:
-            checkpoint.prune(checkpoints(self.cfg), keep=self.cfg.checkpoint.keep)
+        checkpoint.save(folder, tensors, meta, group=self.world.host_group, life=self.life)
+        keep = self.cfg.checkpoint
+        if self.world.main and keep.keep:
+            checkpoint.prune(checkpoints(self.cfg), keep=keep.keep, keep_every=keep.keep_every, life=self.life)
         comm.barrier(self.world.host_group)
         return folder
 
@@ -256,11 +264,24 @@ class Trainer:
         saved = checkpoint.read_index(folder)
         return {n: x for n, x in self.mover.tensors().items() if saved.get(n) == (x.shape, x.dtype)}
 
-    def load(self, folder: Path) -> None:
-        tensors = self.tensors() | self._placement(folder)
-        report = checkpoint.load(folder, tensors, group=self.world.host_group)
-        check_same_data(report.meta, self.data, folder)
-        self.steps, self.consumed = report.meta["step"], report.meta["consumed"]
-        self.optimizer.set_steps(self.steps)
+    def load(self, start: Start) -> checkpoint.Report:
+        """Begin from a checkpoint, collective. Raises ``UserError`` where it is not this model's, ``DamagedError``."""
+        tensors = self.tensors() | self._placement(start.folder)
+        if start.weights_only:
+            tensors = {n: x for n, x in tensors.items() if n.startswith("model.")}
+        if "optim" in start.reset:
+            tensors = {n: x for n, x in tensors.items() if not n.startswith("optim.")}
+        allowed = self.cfg.run.allow_missing
+        report = checkpoint.load(start.folder, tensors, group=self.world.host_group, allow_missing=allowed)
+        meta = report.meta
+        check_same_data(meta, self.data, start)
+        if start.weights_only:
+            return report
+        self.steps = meta["step"]
+        self.consumed = 0 if "data" in start.reset else meta["consumed"]
+        self.fresh_from = self.steps if "optim" in start.reset else meta.get("fresh_from", 0)
+        self.changes = list(start.changes)
+        self.optimizer.set_steps(self.steps - self.fresh_from)
         if self.mover:
-            self.mover.restore(self.steps, self.optimizer, measured=report.meta.get("placement"))
+            self.mover.restore(self.steps, self.optimizer, measured=meta.get("placement"))
+        return report

@@ -10,11 +10,12 @@ written, where a whole save here takes a third of a second. What is left of it, 
 ``Wire.together`` twice, in JSON.
 """
 
-from moetrain.checkpoint.folders import DamagedError, committed, latest, step_folder, step_of
+from moetrain.checkpoint.folders import DamagedError, committed, latest, marked, step_folder, step_of
 from moetrain.checkpoint.index import FORMAT_VERSION
 from moetrain.checkpoint.life import Life, SupersededError, prune, set_aside, take_over
 from moetrain.checkpoint.reading import check_files, load, read, read_index, read_meta
 from moetrain.checkpoint.types import Report
+from moetrain.checkpoint.wire import Wire
 from moetrain.checkpoint.writing import save
 from moetrain.logical import Chunk, Logical
 
@@ -26,10 +27,12 @@ __all__ = [
     "Logical",
     "Report",
     "SupersededError",
+    "Wire",
     "check_files",
     "committed",
     "latest",
     "load",
+    "marked",
     "prune",
     "read",
     "read_index",

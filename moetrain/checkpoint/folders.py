@@ -89,15 +89,20 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match and path.name == step_folder(path.parent, int(match[1])).name else None
 
 
+def marked(root: Path) -> list[Path]:
+    """Whatever was committed once under ``root``, newest first: damaged or not."""
+    found = [(step, path) for path in (root.iterdir() if root.is_dir() else ()) if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True) if os.path.lexists(path / MARKER)]
+
+
 def committed(root: Path, *, below: int | None = None) -> Iterator[Path]:
     """Committed checkpoints under ``root``, newest first, checked only as far as the caller looks."""
-    found = [(step, path) for path in (root.iterdir() if root.is_dir() else ()) if (step := step_of(path)) is not None]
-    for step, path in sorted(found, reverse=True):
-        if below is not None and step >= below:
+    for path in marked(root):
+        if below is not None and (step_of(path) or 0) >= below:
             continue
         if is_committed(path):
             yield path
-        elif os.path.lexists(path / MARKER):
+        else:
             _log.warning("%s is passed over: its %s does not match its %s", path, INDEX, MARKER)
 
 

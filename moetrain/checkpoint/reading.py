@@ -101,7 +101,7 @@ def _match(
         check(name, logical)
         entry = index.tensors.get(name)
         if entry is None:
-            (allowed if any(_covers(prefix, name) for prefix in allow_missing) else absent).append(name)
+            (allowed if any(covers(prefix, name) for prefix in allow_missing) else absent).append(name)
         elif (entry.shape, entry.dtype) != (tuple(logical.shape), logical.dtype):
             raise UserError(
                 f"{name} is {_text(logical.dtype, logical.shape)} here and {_text(entry.dtype, entry.shape)} in "
@@ -115,7 +115,8 @@ def _match(
     return wanted, allowed
 
 
-def _covers(prefix: str, name: str) -> bool:
+def covers(prefix: str, name: str) -> bool:
+    """Whether ``prefix`` is that name, or the beginning of it up to a dot or slash."""
     return name == prefix or name.startswith(prefix if prefix.endswith((".", "/")) else (prefix + ".", prefix + "/"))
 
 

@@ -56,6 +56,10 @@ class Wire:
             raise _KINDS[kind](text) if kind else RuntimeError(f"rank {verdict['rank']}: {text}")
         return verdict["value"]
 
+    def decide(self, lead: Callable[[], Any]) -> Any:
+        """What rank 0 finds, on every rank; raises as ``together``."""
+        return self.together(lambda: None, lambda _: lead())
+
     def _gather(self, data: Any) -> list[Any] | None:
         if self.group is None:
             return [data]

@@ -8,7 +8,8 @@ from pathlib import Path
 from moetrain import comm
 from moetrain import config as configs
 from moetrain.config import UserError
-from moetrain.job import Config, check, preflight
+from moetrain.job import Config, check
+from moetrain.resume import preflight
 from moetrain.run import FailedError, StoppedError, run
 from moetrain.world import World, die_with, join, leave
 

@@ -7,9 +7,10 @@ from moetrain.cli.compose import HYDRA_FLAGS, SWEEP, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
 from moetrain.cli.sweep import summary
 from moetrain.config import UserError
-from moetrain.job import Config, preflight
+from moetrain.job import Config
 from moetrain.model.flops import size
 from moetrain.report.points import Status, read
+from moetrain.resume import preflight
 from moetrain.world import launched, wanted_ranks
 
 

@@ -20,6 +20,7 @@ from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.travelling import check_owners, place
 from moetrain.moe.placement.types import Costs, Grid, Placement
 from moetrain.moe.travel import Replicas, Trip
+from moetrain.resume import Start
 
 
 def scattered(seed: int, owner_E: Tensor, grid: Grid, *, part: float) -> Placement:
@@ -178,7 +179,7 @@ def test_a_checkpoint_goes_to_static_and_back_bit_for_bit(
 
 def saved_again(rank: int, world: int, cfg, folder) -> None:
     run = trainer(rank, world, cfg)
-    run.load(folder)
+    run.load(Start(folder))
     run.save()
 
 

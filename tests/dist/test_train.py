@@ -19,6 +19,7 @@ from moetrain.moe.gates.linear import LinearGate
 from moetrain.moe.routers.replay import save_choices
 from moetrain.moe.placement.types import Costs, Grid, Placement, PlacementPolicy
 from moetrain.optim import grad_norm
+from moetrain.resume import Start
 from moetrain.train import Seen, Trainer
 from moetrain.world import World
 
@@ -72,7 +73,7 @@ def curve(rank: int, world: int, cfg: Config, steps: int = STEPS, resume: Path |
     """
     run = trainer(rank, world, cfg)
     if resume is not None:
-        run.load(resume)
+        run.load(Start(resume))
     found = []
     for _ in range(steps):
         result = run.step()

@@ -4,6 +4,7 @@ import torch
 from small import config, trainer
 
 from moetrain import checkpoint
+from moetrain.resume import Start
 from moetrain.train import Trainer
 
 
@@ -19,9 +20,9 @@ def test_saved_on_the_device_loaded_on_the_cpu_and_back(device, small_corpus, tm
         first.step()
     saved = everything(first)
     second = trainer(back, cpu)
-    second.load(first.save())
+    second.load(Start(first.save()))
     third = trainer(there, device)
-    third.load(second.save())
+    third.load(Start(second.save()))
     assert (second.steps, third.consumed) == (3, first.consumed)
     for run in (second, third):
         found = everything(run)

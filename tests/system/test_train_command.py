@@ -61,7 +61,7 @@ def test_a_run_leaves_its_config_metrics_logs_and_checkpoints(unbroken) -> None:
     assert [step for step, _ in losses(unbroken)] == list(range(1, STEPS + 1))
     assert losses(unbroken)[-1][1] < losses(unbroken)[0][1] - 0.5
     kept = sorted(p.name for p in (unbroken / "checkpoints").iterdir())
-    assert kept == [f"step-{n:08d}" for n in (STEPS - 2, STEPS - 1, STEPS)]
+    assert kept == ["life-00000001"] + [f"step-{n:08d}" for n in (STEPS - 2, STEPS - 1, STEPS)]
     assert (unbroken / "logs/rank-0.log").stat().st_size > 0
     assert (unbroken / "logs/rank-1.log").stat().st_size > 0
     config = yaml.safe_load((unbroken / "config.yaml").read_text())
@@ -70,12 +70,12 @@ def test_a_run_leaves_its_config_metrics_logs_and_checkpoints(unbroken) -> None:
 
 
 def test_a_complete_run_says_so_and_trains_nothing(unbroken, small_corpus) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("step-*/*")}
     again = train(*words(small_corpus, unbroken))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already complete" in again.stdout
     assert "another run.name" in again.stdout
-    assert {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in (unbroken / "checkpoints").rglob("step-*/*")} == before
 
 
 def test_the_resolved_config_stands_alone_on_one_rank(unbroken, tmp_path) -> None:
@@ -93,8 +93,8 @@ def test_kill_9_in_a_step_and_in_a_save_loses_nothing(unbroken, small_corpus, tm
     checkpoints = folder / "checkpoints"
 
     def in_save() -> bool:
-        """A save is under way: its temporary folder is there."""
-        return checkpoints.is_dir() and any(".tmp" in p.name for p in checkpoints.iterdir())
+        """A save is under way: its folder is there."""
+        return any(checkpoints.glob("life-*/step-*"))
 
     def in_step() -> bool:
         return len(list(checkpoints.glob("step-*"))) > 0 and not in_save() and len(losses(folder)) % 2 == 1
