@@ -8,24 +8,27 @@
 Each step's reasons travel, by a group of their own, while the next step computes, and are read after it.
 """
 
-import signal
-import threading
 import time
+from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
+from moetrain import signals
 from moetrain.checkpoint import Life
 from moetrain.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK = 1.0
 """Seconds between looks at the disk."""
 _STARTED = time.monotonic()
+
+
+class Why(Enum):
+    signal = "a signal"
+    file = "the file stop in its folder"
+    superseded = "another life of the run"
+    limit = "run.time_limit"
 
 
 class Stop:
@@ -35,20 +38,14 @@ class Stop:
         """``limit``: minutes since this process began; ``life`` is asked whether it lasts."""
         self.world, self.file, self.limit, self.life = world, folder / "stop", limit, life
         self.saving = 0.0  # seconds that the longest save took
-        self._signal: str | None = None
         self._looked, self._found = 0.0, [False, False]
         self._on_its_way: tuple[dist.Work | None, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
+        self._group = world.new_host_group()
+        signals.catch()
 
-    def _caught(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-
-    def step(self, seconds: float) -> str | None:
+    def step(self, seconds: float) -> "Why | None":
         """After each step, which took so long, collective: why to leave now, the same on every rank; None: go on."""
-        mine = torch.tensor([self._signal is not None, *self._looks(), self._late(seconds)], dtype=torch.int32)
+        mine = torch.tensor([bool(signals.caught), *self._looks(), self._late(seconds)], dtype=torch.int32)
         before = self._on_its_way
         work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True) if self._group else None
         self._on_its_way = work, mine
@@ -56,8 +53,7 @@ class Stop:
             return None
         if before[0] is not None:
             before[0].wait()
-        words = ("a signal", f"the file {self.file}", "another life of the run", f"run.time_limit={self.limit}")
-        return next((word for word, said in zip(words, before[1].tolist(), strict=True) if said), None)
+        return next((why for why, said in zip(Why, before[1].tolist(), strict=True) if said), None)
 
     def _looks(self) -> list[bool]:
         """At the disk, by rank 0: whether the file is there, whether the life is over."""
@@ -76,6 +72,4 @@ class Stop:
         if self._on_its_way is not None and self._on_its_way[0] is not None:
             self._on_its_way[0].wait()
         self._on_its_way = None
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        signals.release()

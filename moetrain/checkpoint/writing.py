@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,47 @@ def save(
     is committed already, ``SupersededError`` if the life is over, ``ValueError`` if boxes do not tile their tensor;
     then nothing that could be taken for a checkpoint is left.
     """
+    write(folder, make_plan(tensors, group=group), tensors, meta, group=group, life=life)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who writes which boxes, for as long as the ranks hold the same ones."""
+
+    described: dict[str, Any]  # what this rank holds
+    mine: list[tuple[str, int]]  # of it, what it writes: chunk i of a tensor
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)  # of all; rank 0's
+    assigned: list[list[tuple[str, Box]]] = field(default_factory=list)  # to each rank; rank 0's
+
+    def fits(self, tensors: dict[str, Logical]) -> bool:
+        """Whether this rank holds what it held."""
+        return self.described == _describe(tensors)
+
+
+def make_plan(tensors: dict[str, Logical], *, group: ProcessGroup | None) -> Plan:
+    """Collective. Raises ``ValueError`` on every rank if boxes do not tile their tensor."""
+    wire, known, described = Wire(group), _Deal(), dict[str, Any]()
+
+    def describe() -> dict[str, Any]:
+        described.update(_describe(tensors))
+        return described
+
+    write = wire.together(describe, known.deal)
+    held = [(name, i) for name, logical in tensors.items() for i in range(len(logical.chunks))]
+    return Plan(described, [held[at] for at in write[wire.rank]], known.shapes, known.assigned)
+
+
+def write(
+    folder: Path, plan: Plan, tensors: dict[str, Logical], meta: dict[str, Any], *, group: ProcessGroup | None,
+    life: Life | None = None,
+) -> None:  # fmt: skip
+    """The rest of ``save``, collective, by any thread; of ``tensors`` only what ``plan`` says is touched."""
     wire = Wire(group)
-    lead = _Lead(folder, meta, life)
+    lead = _Lead(folder, meta, life, plan)
     try:
-        plan = wire.together(lambda: _describe(tensors), lead.plan)
-        held = [(name, i) for name, logical in tensors.items() for i in range(len(logical.chunks))]
-        mine = [held[position] for position in plan["write"][wire.rank]]
-        path = folder.parent / plan["prepared"] / file_name(wire.rank)
-        wire.together(lambda: _write(path, mine, tensors), lead.commit)
+        prepared = wire.decide(lead.begin)
+        path = folder.parent / prepared / file_name(wire.rank)
+        wire.together(lambda: _write(path, plan.mine, tensors), lead.commit)
     except BaseException as error:
         lead.clean()
         if life is not None and isinstance(error, Exception) and not life.lasts:
@@ -62,21 +96,15 @@ def save(
         raise
 
 
-class _Lead:
-    """What rank 0 remembers between its two decisions."""
+class _Deal:
+    """Rank 0's decision who writes what."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], life: Life | None) -> None:
-        self.folder = folder
-        self.meta = meta
-        self.life = life
-        self.prepared: Path | None = None
+    def __init__(self) -> None:
         self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.assigned: list[list[tuple[str, Box]]] = []
 
-    def plan(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-        """Descriptions -> the folder to write in and the positions, in each rank's description, that it writes."""
-        json.dumps(self.meta)  # raises here, before anything is written
-        refuse_committed(self.folder)
+    def deal(self, ranks: list[dict[str, Any]]) -> list[list[int]]:
+        """Descriptions -> the positions, in each rank's description, that it writes."""
         holders = self._holders(ranks)
         for name, (shape, _) in self.shapes.items():
             if complaint := untiled(shape, list(holders[name])):
@@ -91,8 +119,7 @@ class _Lead:
             load[rank] += volume(box) * self.shapes[name][1].itemsize
             write[rank].append(by_rank[rank])
             self.assigned[rank].append((name, box))
-        self.prepared = prepare(self.folder, self.life)
-        return {"prepared": str(self.prepared.relative_to(self.folder.parent)), "write": write}
+        return write
 
     def _holders(self, ranks: list[dict[str, Any]]) -> dict[str, dict[Box, dict[int, int]]]:
         """Name -> non-empty box -> rank -> position of the box in what that rank described."""
@@ -111,12 +138,30 @@ class _Lead:
                     position += 1
         return holders
 
+
+class _Lead:
+    """What rank 0 remembers between the decisions of one save."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], life: Life | None, plan: Plan) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.life = life
+        self.plan = plan
+        self.prepared: Path | None = None
+
+    def begin(self) -> str:
+        """The folder to write in, from the root."""
+        json.dumps(self.meta)  # raises here, before anything is written
+        refuse_committed(self.folder)
+        self.prepared = prepare(self.folder, self.life)
+        return str(self.prepared.relative_to(self.folder.parent))
+
     def commit(self, ranks: list[dict[str, Any]]) -> None:
         """What the ranks wrote -> the index, the rename, the marker."""
         assert self.prepared is not None
         files: list[File] = []
-        stored: dict[str, list[Stored]] = {name: [] for name in self.shapes}
-        for rank, (wrote, assigned) in enumerate(zip(ranks, self.assigned, strict=True)):
+        stored: dict[str, list[Stored]] = {name: [] for name in self.plan.shapes}
+        for rank, (wrote, assigned) in enumerate(zip(ranks, self.plan.assigned, strict=True)):
             if not assigned:
                 continue
             path = self.prepared / file_name(rank)
@@ -127,7 +172,7 @@ class _Lead:
             files.append(File(path.name, wrote["bytes"], wrote["header"]))
         tensors = {
             name: Entry(shape, dtype, tuple(sorted(stored[name], key=lambda s: s.box)))
-            for name, (shape, dtype) in self.shapes.items()
+            for name, (shape, dtype) in self.plan.shapes.items()
         }
         publish(self.prepared, self.folder, index=encode(Index(self.meta, tuple(files), tensors)), life=self.life)
 
@@ -140,8 +185,8 @@ def _describe(tensors: dict[str, Logical]) -> dict[str, Any]:
     described = {}
     for name, logical in tensors.items():
         check(name, logical)
-        boxes = [(chunk.offsets, tuple(chunk.tensor.shape)) for chunk in logical.chunks]
-        described[name] = (logical.shape, DTYPE_NAMES[logical.dtype], boxes)
+        boxes = [(tuple(chunk.offsets), tuple(chunk.tensor.shape)) for chunk in logical.chunks]
+        described[name] = (tuple(logical.shape), DTYPE_NAMES[logical.dtype], boxes)
     return described
 
 
