@@ -16,21 +16,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moetrain.where import here, inside
+
 # torch 2.13 names them *_single and warns about the old names
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _OfDim = Callable[[Tensor, int, ProcessGroup], Tensor]
+
+
+def all_gather_into(out: Tensor, x: Tensor, *, group: ProcessGroup) -> None:
+    """Every rank's ``x``, one after the other along dim 0."""
+    with inside("all-gather"):
+        _gather_single(out, x, group=group)
+
+
+def reduce_scatter_into(
+    out: Tensor, x: Tensor, *, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> None:
+    """This rank's part along dim 0 of the reduced ``x``."""
+    with inside("reduce-scatter"):
+        _scatter_single(out, x, group=group, op=op)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, recv: list[int] | None, send: list[int] | None, group: ProcessGroup) -> Tensor:
-        ctx.recv, ctx.send, ctx.group = recv, send, group
+        ctx.recv, ctx.send, ctx.group, ctx.layer = recv, send, group, here.layer
         return _exchange(x_ND, recv, send, group)
 
     @staticmethod
     def backward(ctx, g_MD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        here.layer = ctx.layer
         return _exchange(g_MD, ctx.send, ctx.recv, ctx.group), None, None, None
 
 
@@ -39,37 +56,40 @@ class _Along(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, there: _OfDim, back: _OfDim) -> Tensor:
-        ctx.dim, ctx.group, ctx.back = dim, group, back
+        ctx.dim, ctx.group, ctx.back, ctx.layer = dim, group, back, here.layer
         return there(x, dim, group)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        here.layer = ctx.layer
         return ctx.back(g, ctx.dim, ctx.group), None, None, None, None
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.layer = group, here.layer
         return all_reduce_(x.clone(memory_format=torch.contiguous_format), group=group)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        here.layer = ctx.layer
         return all_reduce_(g.clone(memory_format=torch.contiguous_format), group=ctx.group), None
 
 
 def _exchange(x: Tensor, recv: list[int] | None, send: list[int] | None, group: ProcessGroup) -> Tensor:
     out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
+    with inside("all-to-all"):
+        dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
     return out
 
 
 def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _of_dim(_all_gather, x, dim, x.shape[dim] * group.size(), group)
+    return _of_dim(all_gather_into, x, dim, x.shape[dim] * group.size(), group)
 
 
 def _scattered_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    return _of_dim(reduce_scatter, x, dim, x.shape[dim] // group.size(), group)
+    return _of_dim(reduce_scatter_into, x, dim, x.shape[dim] // group.size(), group)
 
 
 def _of_dim(collective, x: Tensor, dim: int, size: int, group: ProcessGroup) -> Tensor:
@@ -125,13 +145,15 @@ def all_gather(x: Tensor, *, group: ProcessGroup | None) -> Tensor:
 def all_reduce_(x: Tensor, *, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """In place, without gradient; returns ``x``. Gradients and counts are SUMs: who divides is decided elsewhere."""
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
+        with inside("all-reduce"):
+            dist.all_reduce(x, op=op, group=group)
     return x
 
 
 def barrier(group: ProcessGroup | None) -> None:
     if group is not None:
-        dist.barrier(group=group)
+        with inside("barrier"):
+            dist.barrier(group=group)
 
 
 def size(group: ProcessGroup | None) -> int:

@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +16,7 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.config import UserError
 from moetrain.layouts import Layout
@@ -40,6 +43,12 @@ class World:
     device: torch.device
     backend: str  # "" where this rank is alone
     host_group: ProcessGroup | None = None  # gloo over all ranks, for what travels between hosts' memories
+    watch: float = 600.0  # seconds at one place that are a hang
+    limit: timedelta = timedelta(minutes=15)  # of every collective, where nobody has ended it before
+
+    def new_host_group(self) -> ProcessGroup | None:
+        """Another gloo group of all ranks, for collectives beside the others'; None for a rank alone. Collective."""
+        return made(dist.new_group(backend="gloo", timeout=self.limit)) if self.size > 1 else None
 
     @property
     def main(self) -> bool:
@@ -75,6 +84,12 @@ def wanted_ranks(layout: Layout, *, device: Device) -> int:
     return max(least, torch.cuda.device_count() // least * least)
 
 
+def made(group: ProcessGroup | int | None) -> ProcessGroup:
+    """What ``new_group`` returns to a member."""
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
 def join(
     *,
     device: Device,
@@ -99,18 +114,55 @@ def join(
     if size == 1:
         return World(rank, size, local_rank, local_size, where, "")
     backend = _backend(communication, where, local_size)
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=1.25 * timeout + 10)  # the watchdog speaks first
+    store = store or _meet(rank, size, limit)
     if backend == "gloo":
         if local_size == size:  # all on this machine: the host name need not resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=limit, store=store)
-        return World(rank, size, local_rank, local_size, where, backend, dist.group.WORLD)
+        return World(rank, size, local_rank, local_size, where, backend, dist.group.WORLD, timeout, limit)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=limit, device_id=where, store=store
     )
-    host_group = dist.new_group(backend="gloo", timeout=limit)
-    assert isinstance(host_group, ProcessGroup)
-    return World(rank, size, local_rank, local_size, where, backend, host_group)
+    host_group = made(dist.new_group(backend="gloo", timeout=limit))
+    return World(rank, size, local_rank, local_size, where, backend, host_group, timeout, limit)
+
+
+def _meet(rank: int, size: int, limit: timedelta) -> Store | None:
+    """A store of this life's own, where torchrun would have its ranks meet in one that outlives them.
+
+    torch 2.13 shares the agents' store between the attempts of ``--max-restarts`` without a prefix, so that a second
+    attempt reads the addresses of processes that are dead. Here rank 0 opens a store and says where; what is left of
+    an earlier rank 0 does not answer, or by another name.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = PrefixStore("moetrain", TCPStore(*where, is_master=False, timeout=limit))
+    if rank == 0:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # the address by which the agent is reached
+            probe.connect(where)
+            host = probe.getsockname()[0]
+        own = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        name = secrets.token_hex(8)
+        own.set("name", name)
+        agents.set("rank 0", f"{host} {own.port} {name}")
+        return own
+    until = time.monotonic() + limit.total_seconds()
+    while True:
+        host, port, name = agents.get("rank 0").decode().split()
+        try:
+            own = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=2))
+            if own.get("name").decode() == name:
+                own.set_timeout(limit)
+                return own
+        except (dist.DistError, RuntimeError):
+            pass
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"rank {rank} of {size} found no rank 0 at {host}:{port} in {limit.total_seconds():.0f} s"
+            )
+        time.sleep(0.2)
 
 
 def die_with(parent: int) -> None:

@@ -36,7 +36,9 @@ def _start(cfg: Config) -> int:
     world = wanted_ranks(cfg.layout, device=cfg.train.device)
     preflight(cfg, world=world, log=lambda line: print(line, flush=True))
     configs.write(cfg, cfg.run.folder / "config.yaml")
-    return be_rank(cfg, checked=True) if world == 1 else start_ranks(cfg.run.folder, ranks=world)
+    if world == 1 and not cfg.run.restarts:
+        return be_rank(cfg, checked=True)
+    return start_ranks(cfg.run.folder, ranks=world, restarts=cfg.run.restarts)
 
 
 def _sweep_job(cfg: Config) -> str:

@@ -143,7 +143,7 @@ class Ledger(TorchDispatchMode):
         swap(rerun._Made, "unpack", self._made_again)
         swap(pipeline.Run, "do", self._doing)
         swap(data, "_add_up", self._adding)
-        swap(comm, "reduce_scatter", self._unseen)  # gloo copies its input, NCCL does not
+        swap(comm, "reduce_scatter_into", self._unseen)  # gloo copies its input, NCCL does not
         for name in ("unshard", "wait_for_unshard"):
             swap(FSDPParamGroup, name, self._labelled(Kind.fsdp))
         swap(FSDPParamGroup, "post_backward", self._reducing)

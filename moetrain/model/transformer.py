@@ -22,6 +22,7 @@ from moetrain.model.loss import summed, summed_in_chunks
 from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.types import Carry, Context
 from moetrain.rerun import remake, rerun
+from moetrain.where import here
 
 
 @config
@@ -292,7 +293,9 @@ class Transformer(nn.Module):
             assert self.embedding is not None
             x = self.embedding(x, self.dtype)
         for i in stage.layers:
+            here.layer = i
             x, passed = self.blocks[str(i)](x, passed, ctx, shared)
+        here.layer = None
         if not stage.last:
             return x, passed
         assert self.norm is not None

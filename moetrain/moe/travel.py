@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.moe.placement.types import Placement
+from moetrain.where import inside
 
 
 @dataclass(frozen=True)
@@ -220,9 +221,10 @@ class Replicas:
         trip, self._returning = self._returning, None
         if trip is None:
             return
-        for work in trip.work:
-            if work is not None:
-                work.wait()
+        with inside("all-to-all of experts' gradients"):
+            for work in trip.work:
+                if work is not None:
+                    work.wait()
         parts = [x.to(trip.own[0].dtype) for x in trip.back]
         if parts:
             for own, at in self.trip.rounds:
@@ -239,7 +241,8 @@ class Replicas:
 
     def _arrive(self) -> None:
         if self._work is not None:
-            self._work.wait()
+            with inside("all-to-all of experts"):
+                self._work.wait()
             self._work = self._sending = None
 
     def _before_backward(self, _: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 
 from moetrain import comm, world
@@ -67,6 +67,7 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, and the loss is divided already
             if world.on_cpu(mesh.device):  # nothing overlaps here: hold no more than what is being computed
                 module.set_modules_to_backward_prefetch([module])
+                module.set_custom_all_gather(_AllGather())
                 module.set_custom_reduce_scatter(_ReduceScatter())
     if not world.on_cpu(mesh.device) and mesh.layout.pp > 1:
         if isinstance(model, FSDPModule):
@@ -75,14 +76,23 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             _prefetch_along(stage, model)
 
 
-class _ReduceScatter(ReduceScatter):
-    """FSDP2 keeps a unit's reduce-scatter input until the next unit's backward; gloo is done with it at once."""
-
+class _Allocates:
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+
+class _AllGather(_Allocates, AllGather):
+    """One whose place is known (``where.py``)."""
+
+    def __call__(self, output_tensor, input_tensor, group, async_op: bool = False) -> None:
+        comm.all_gather_into(output_tensor, input_tensor, group=group)
+
+
+class _ReduceScatter(_Allocates, ReduceScatter):
+    """FSDP2 keeps a unit's reduce-scatter input until the next unit's backward; gloo is done with it at once."""
+
     def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
-        comm.reduce_scatter(output_tensor, input_tensor, group=group, op=op)  # pyright: ignore[reportArgumentType]
+        comm.reduce_scatter_into(output_tensor, input_tensor, group=group, op=op)  # pyright: ignore[reportArgumentType]
         input_tensor.untyped_storage().resize_(0)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import deferred
+from moetrain import deferred, where
 from moetrain.config import UserError
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
@@ -227,6 +227,7 @@ class Run:
             self.flying[s, m] = flying
 
     def _backward(self, s: int, m: int) -> None:
+        where.at("backward", micro_batch=m)
         flying = self.flying.pop((s, m))
         last = self.pipe.stages[s].last
         grads = [torch.ones_like(self.losses[0])] if last else self._take(Kind.receive_backward, s, m)
@@ -246,15 +247,17 @@ class Run:
         if (kind, s, m) not in self.arriving:
             return self.passed.pop((kind, s, m))
         tensors, works = self.arriving.pop((kind, s, m))
-        for work in works:
-            work.wait()
+        with where.inside(f"receive from stage {s - 1 if kind is Kind.receive_forward else s + 1}"):
+            for work in works:
+                work.wait()
         for send in self.delivered.get(Action(kind, s, m), ()):
             self._delivered(send)
         return tensors
 
     def _delivered(self, send: Action) -> None:
-        for work, _ in self.sent.pop(send):
-            work.wait()
+        with where.inside(f"send from stage {send.stage}"):
+            for work, _ in self.sent.pop(send):
+                work.wait()
 
     def _send(self, kind: Kind, s: int, m: int) -> None:
         other = s + STEP[kind]

@@ -133,6 +133,11 @@ class Mover:
         if self.costs is None and self._steps == _MEASURED[0]:
             self._watch = measure.Stopwatch(self.model)
 
+    def again(self) -> None:
+        """Before the same step's forwards are run once more."""
+        assert self.now is not None
+        self._install(self.now)
+
     def end_step(self, load_LE: Tensor, step: int) -> None:
         """(L, E) int64: the step's global load of every MoE layer of the model."""
         self.loads_WLE[step % len(self.loads_WLE)].copy_(load_LE, non_blocking=True)

@@ -1,5 +1,7 @@
 """Where a run's words and numbers go: console on rank 0, a log file on every rank, ``metrics.jsonl`` always."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -13,12 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moetrain.config import config
 
+_KEPT = 100_000
+"""Lines that wait for room on a disk, at the most."""
+
 
 @config
 class LoggingConfig:
     every: int = 10  # steps between looks at the device (the only host syncs of a dense step)
     progress: bool = True  # a progress bar where the console is a terminal
     heat_map: bool = True  # at the end a picture of layers x experts, likewise
+    straggler: float = 1.5  # times the median rank's time outside of collectives: a warning; 0 = none
     load_trace: bool = False  # the load of every expert in every step, to loads.jsonl
 
 
@@ -88,13 +94,28 @@ class Series:
                 if step is not None and step <= resume_at:
                     file.write(line)
         os.replace(temporary, path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._kept: list[bytes] = []  # what a full disk did not take
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        self._file.writelines(json.dumps(r) + "\n" for r in records)
-        self._file.flush()
+        """What cannot be written now (a full disk) is kept for the next time, and said."""
+        self._kept += [json.dumps(r).encode() + b"\n" for r in records]
+        end = self._file.seek(0, os.SEEK_END)
+        data = b"".join(self._kept)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._kept = []
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            words = f"({error.strerror}): {len(self._kept)} lines wait for the next time"
+            logging.getLogger("moetrain").error(f"{self._file.name} cannot be written {words}")
+            del self._kept[:-_KEPT]
 
     def close(self) -> None:
+        if self._kept:
+            self.write([])
         self._file.close()
 
 
