@@ -4,26 +4,41 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from moetrain import checkpoint, resume
+from moetrain import checkpoint, resume, where
 from moetrain.job import Config, checkpoints
 from moetrain.train import Trainer
 
 
-def begin(trainer: Trainer, log: logging.Logger) -> None:
+def begin(trainer: Trainer, log: logging.Logger) -> checkpoint.Life:
     """Take over the run's checkpoints, and load the one that it goes on from, if there is one. Collective."""
-    cfg, root = trainer.cfg, checkpoints(trainer.cfg)
+    root = checkpoints(trainer.cfg)
     wire = checkpoint.Wire(trainer.world.host_group)
     life = trainer.life = checkpoint.Life(root, wire.decide(lambda: checkpoint.take_over(root).number))
-    while start := resume.from_json(wire.decide(lambda: resume.to_json(resume.first(cfg, life, log=log.error)))):
+    if not _load(trainer, log, upto=None):
+        log.info(f"starting anew: no committed checkpoint in {root}")
+    return life
+
+
+def go_back(trainer: Trainer, log: logging.Logger, *, upto: int) -> bool:
+    """To the run's newest whole checkpoint of no later a step, if there is one. Collective."""
+    return _load(trainer, log, upto=upto)
+
+
+def _load(trainer: Trainer, log: logging.Logger, *, upto: int | None) -> bool:
+    where.at("loading")
+    cfg, life = trainer.cfg, trainer.life
+    wire = checkpoint.Wire(trainer.world.host_group)
+    while start := resume.from_json(
+        wire.decide(lambda: resume.to_json(resume.first(cfg, life, log=log.error, upto=upto)))
+    ):
         try:
             report = trainer.load(start)
             break
         except checkpoint.DamagedError as error:
             wire.decide(partial(_pass_over, cfg, start.folder, error, life, log))
     else:
-        log.info(f"starting anew: no committed checkpoint in {root}")
-        return
-    if start.own:  # those of steps that come again
+        return False
+    if start.own and life:  # those of steps that come again
         wire.decide(partial(_set_newer_aside, start.folder, life, log))
     words = "the weights of " if start.weights_only else ""
     log.info(f"resumed from {words}{start.folder} at step {trainer.steps}, {trainer.consumed} samples seen")
@@ -33,9 +48,10 @@ def begin(trainer: Trainer, log: logging.Logger) -> None:
     )
     for line in start.lines:
         log.info(f"changed since: {line}")
+    return True
 
 
-def _pass_over(cfg: Config, folder: Path, error: checkpoint.DamagedError, life: checkpoint.Life, log) -> None:
+def _pass_over(cfg: Config, folder: Path, error: checkpoint.DamagedError, life: checkpoint.Life | None, log) -> None:
     resume.pass_over(cfg, folder, error, life, log=log.error)
 
 

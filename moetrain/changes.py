@@ -24,8 +24,9 @@ class Tag(Enum):
 _TAGS: dict[Tag, dict[str, str]] = {
     Tag.free: {
         "AlertConfig": "metric above below action after",
-        "CheckpointConfig": "every keep keep_every",
-        "Config": "run layout pipeline sharding context recompute checkpoint logging health",
+        "BadStepsConfig": "rewinds replays",
+        "CheckpointConfig": "every keep keep_every asynchronous",
+        "Config": "run layout pipeline sharding context recompute checkpoint bad_steps integrity logging health",
         "ContextConfig": "method",
         "DataConfig": "cache",
         "FSSDP": "reshard_every overlap calibrate",
@@ -33,18 +34,20 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "HealthConfig": "enabled smoothing pairs alerts",
         "Hierarchical": "ranks_per_node",
         "Layout": "pp dp cp tp ep etp replicate",
-        "LoggingConfig": "every progress heat_map load_trace",
+        "IntegrityConfig": "replay_every hash_every",
+        "LoggingConfig": "every progress heat_map load_trace straggler",
         "MoEConfig": "kernel placement",
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",
         "PipelineConfig": "schedule chunks stages",
         "RecomputeConfig": "mode parts layers loss_rows",
-        "RunConfig": "name dir resume allow allow_missing fork warm_start reset",
+        "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset",
         "ShardingConfig": "dense experts accumulate",
         "TrainConfig": "validate_every validate_samples bigram exit_after deterministic device communication timeout "
         "threads",
     },
     Tag.trajectory: {
+        "BadStepsConfig": "skip loss_spike norm_spike window rewind_after",
         "Balance": "coef",
         "Capacity": "factor eval_factor min_capacity drop scope",
         "Communication": "num_groups max_groups",
@@ -152,15 +155,11 @@ def _value(old: Any, new: Any, key: str, tag: Tag) -> Iterator[Change]:
                 yield from _value(old[name], new[name], f"{key}.{name}", tag)
             else:
                 yield Change(f"{key}.{name}", old.get(name), dump(new.get(name)), tag)
-    elif _nodes(new) and isinstance(old, list) and len(old) == len(new):
+    elif isinstance(new, list) and any(map(is_dataclass, new)) and isinstance(old, list) and len(old) == len(new):
         for i, (before, value) in enumerate(zip(old, new, strict=True)):
             yield from _value(before, value, f"{key}[{i}]", tag)
     elif old != dump(new):
         yield Change(key, old, dump(new), tag)
-
-
-def _nodes(value: Any) -> bool:
-    return isinstance(value, list) and any(map(is_dataclass, value))
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moetrain import parallel as parallelism
+from moetrain.bad_steps import BadStepsConfig
 from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
@@ -44,6 +45,8 @@ class RunConfig:
     resume: str = "auto"
     fork: str | None = None
     warm_start: str | None = None
+    restarts: int = 0  # times that ranks which failed on this machine are started again
+    time_limit: float | None = None  # minutes of this process, in time before which it saves and leaves
     allow: list[str] = field(default_factory=list)  # keys of the config that may differ from what was trained so far
     allow_missing: list[str] = field(default_factory=list)  # tensors that the checkpoint need not have
     reset: list[str] = field(default_factory=list)  # of optim, data: begin anew, once where it is added to the config
@@ -51,6 +54,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name.strip("./") or ".." in Path(self.name).parts:
             raise UserError(f"run.name={self.name!r} cannot name a folder: use letters, digits and dashes")
+        if self.restarts < 0:
+            raise UserError(f"run.restarts={self.restarts}: cannot be negative, 0 starts the ranks once")
         if self.fork and self.warm_start:
             raise UserError(
                 f"run.fork={self.fork} and run.warm_start={self.warm_start}: a run starts from one of them, set the "
@@ -88,7 +93,7 @@ class TrainConfig:
     deterministic: bool = True  # on a GPU too, a step replayed is the same bits: attention's backward without atomics
     device: Device = Device.auto
     communication: Communication = Communication.auto
-    timeout: float = 600.0  # seconds until a collective that somebody is missing from fails
+    timeout: float = 600.0  # seconds at one place that are a hang: who is where is said, and the ranks end
     threads: int | None = None  # per rank; None = cores / ranks of this node
 
     def __post_init__(self) -> None:
@@ -101,7 +106,16 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 100  # steps; 0 = at the end only
     keep: int = 2  # newest committed ones kept; 0 = all
+    asynchronous: bool = True  # training goes on from a copy on, while that is written
     keep_every: int = 0  # steps whose checkpoints are kept besides; 0 = none
+
+
+@config
+class IntegrityConfig:
+    """Silent corruption, found by computing or keeping the same thing twice."""
+
+    replay_every: int = 0  # steps whose forward and backward are run twice and compared bit for bit; 0 = none
+    hash_every: int = 0  # steps after which what several ranks hold alike is compared; 0 = none
 
 
 @config
@@ -118,6 +132,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    bad_steps: BadStepsConfig = field(default_factory=BadStepsConfig)
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
 

@@ -35,12 +35,16 @@ class Start:
     lines: tuple[str, ...] = field(default=(), compare=False)  # what is to be said
 
 
-def candidates(cfg: Config) -> list[Path]:
+def candidates(cfg: Config, *, upto: int | None = None) -> list[Path]:
     """The checkpoints that the run may begin from, the best first, whole or not. None: it starts.
+
+    ``upto``: only its own, of steps no later than that.
 
     Raises ``UserError`` where what is asked for is not there, or would lose what is.
     """
     run, own = cfg.run, list(checkpoint.marked(checkpoints(cfg)))
+    if upto is not None:
+        return [path for path in own if (checkpoint.step_of(path) or 0) <= upto]
     if run.resume == "never":
         if own:
             raise UserError(
@@ -109,14 +113,14 @@ def start_from(cfg: Config, folder: Path) -> Start:
     return Start(folder, own, False, reset, tuple(history), other_data, tuple(map(str, found)))
 
 
-def first(cfg: Config, life: Life | None, *, log: Callable[[str], None]) -> Start | None:
-    """What to begin from now; None: nothing is there. By one process, which has taken over (``life``), or only asks.
+def first(cfg: Config, life: Life | None, *, log: Callable[[str], None], upto: int | None = None) -> Start | None:
+    """What to begin from now (see ``candidates``); None: nothing is there.
 
-    A damaged checkpoint is set aside for the next older one where that is what ``run.resume=auto`` means. Raises
-    ``UserError`` where checkpoints are there, but none of them whole.
+    By one process, which has taken over (``life``), or only asks. A damaged checkpoint is set aside for the next older
+    one where that is what ``run.resume=auto`` means. Raises ``UserError`` where checkpoints are there, none whole.
     """
     passed = []
-    for folder in candidates(cfg):
+    for folder in candidates(cfg, upto=upto):
         try:
             return start_from(cfg, folder)
         except checkpoint.DamagedError as error:
@@ -153,6 +157,7 @@ def preflight(cfg: Config, *, world: int, log) -> None:
         probe = folder / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
+        (folder / "stop").unlink(missing_ok=True)  # which was for the life before
     except OSError as e:
         raise UserError(
             f"run folder {folder} cannot be written ({e.strerror}): set run.dir or run.name to a folder you can write"

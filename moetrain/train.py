@@ -2,15 +2,17 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetrain import __version__, checkpoint, comm
+from moetrain import __version__, checkpoint, comm, origin, where
 from moetrain import config as configs
+from moetrain.bad_steps import Judge, Verdict
+from moetrain.data.skipping import Skipping
 from moetrain.evaluate import Rows, Score, evaluate, summed_loss
 from moetrain.job import Config, Data, batch_at, check, checkpoints
 from moetrain.logical import Logical
@@ -18,7 +20,7 @@ from moetrain.mesh import Mesh
 from moetrain.model.init import initialize
 from moetrain.model.transformer import Stage
 from moetrain.moe.types import Carry
-from moetrain.optim import Optimizer, clip_scale, grad_norm
+from moetrain.optim import Optimizer, clip_scale, norm_and_sum
 from moetrain.parallel import parallelize, state
 from moetrain.parallel.context import Part
 from moetrain.parallel.data import Units, reshard, set_last_micro_batch
@@ -39,6 +41,7 @@ class StepResult:
     load_LE: Tensor  #   (MoE layers of the model, E) int64 global assignments; zeros where a layer has fewer experts
     dropped: Tensor  #   () int64 assignments dropped on this rank
     balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
+    verdict: Verdict | None = None  # whether it was a bad step; None: nobody judges
 
 
 @dataclass
@@ -52,6 +55,10 @@ class Seen:
     grads: dict[str, Tensor] = field(default_factory=dict)  # name -> local gradient, reduced, before clipping
 
 
+class CorruptionError(RuntimeError):
+    """A rank computes or keeps something else than what it is told to."""
+
+
 class Trainer:
     """The state of a run on one rank. Nothing about a batch lives on it."""
 
@@ -61,9 +68,8 @@ class Trainer:
         if cfg.train.deterministic:
             allow_fixed_order(world.device)
         layout = check(cfg, world=world.size)
-        limit = timedelta(seconds=cfg.train.timeout)
         self.mesh = Mesh.build(
-            layout, rank=world.rank, world=world.size, device=world.device, timeout=limit, like=like
+            layout, rank=world.rank, world=world.size, device=world.device, timeout=world.limit, like=like
         )  # fmt: skip
         self.part = Part.of(cfg.train.seq_len, self.mesh)
         self.dtype = cfg.train.dtype.torch
@@ -79,24 +85,43 @@ class Trainer:
             group=self.mesh.group("fsdp", "replicate", "shard", "tp"),
         )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
-        self.steps = self.consumed = 0  # optimizer updates done, samples seen
-        self.fresh_from = 0  # the step at which the optimizer's state began
+        self.steps = self.consumed = 0  # steps done, samples seen
+        self.skipped: list[list[int]] = []  # sample ids [first, last + 1) that the run goes on without
+        self.samples = Skipping(data.loader, self.skipped)
+        self.judge = Judge(cfg.bad_steps, world.device) if cfg.bad_steps.skip else None
         self.changes: list[dict[str, Any]] = []  # of the config, since the run began
         self.life: checkpoint.Life | None = None  # the right to save where others may want to
 
-    def step(self, *, seen: Seen | None = None, watch: bool = False) -> StepResult:
+    def step(self, *, seen: Seen | None = None, watch: bool = False, replay: bool = False) -> StepResult:
         """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
 
         ``watch``: the MoE layers note what router health is made of (``telemetry/health.py``), until the next step.
+        ``replay``: forward and backward run twice; raises ``CorruptionError`` where the bits differ.
         """
+        if self.mover:
+            self.mover.begin_step(self.steps, self.optimizer)
+        run = partial(self.gradients, seen=seen, watch=watch)
+        if replay:
+            loss, found = origin.twice(self, run)
+            if found:
+                raise CorruptionError(
+                    f"step {self.steps + 1}, run twice, has not the same bits: first in {'; '.join(found)}: a fault of "
+                    f"that machine's memory or processor"
+                )
+            result = self._update(loss, seen)
+        else:
+            result = self._update(run(), seen)
+        self.consumed += batch_at(self.cfg.train, self.consumed)
+        self.steps += 1
+        return result
+
+    def gradients(self, *, seen: Seen | None = None, watch: bool = False) -> Tensor:
+        """The forwards and backwards of a step: this rank's share of its loss, gradients accumulated."""
         t, dp = self.cfg.train, self.mesh.layout.dp
         batch = batch_at(t, self.consumed)
         share = batch // dp
-        start = self.consumed + self.mesh.index("dense", "dp") * share
-        targets = max(1, self.data.loader.num_targets(self.consumed, batch))  # none: the balance losses still count
+        targets = max(1, self.samples.num_targets(self.consumed, batch))  # none: the balance losses still count
         micro_batches = share // t.micro_batch
-        if self.mover:
-            self.mover.begin_step(self.steps, self.optimizer)
         for layer in self.model.moe_layers():
             layer.begin_step(micro_batches, watch=watch, pairs=watch and self.cfg.health.pairs)
         if seen is not None:
@@ -105,16 +130,20 @@ class Trainer:
 
         def forward(m: int, stage: Stage | None, x: Tensor | None, carry: Carry) -> Tensor | tuple[Tensor, Carry]:
             return self.forward(
-                m, start + m * t.micro_batch, targets=targets, routed_tokens=float(batch * t.seq_len), seen=seen,
+                m, self.first_sample(m), targets=targets, routed_tokens=float(batch * t.seq_len), seen=seen,
                 stage=stage, x=x, carry=carry,
             )  # fmt: skip
 
         loss = self._pipelined(micro_batches, forward) if self.pipeline else self._accumulated(micro_batches, forward)
+        if self.mover:
+            self.mover.finish()
         # tp ranks all know the loss of the same targets: one of them has it in its share
-        result = self._update(loss * (self.mesh.index("dense", "tp") == 0), seen)
-        self.steps += 1
-        self.consumed += batch
-        return result
+        return loss * (self.mesh.index("dense", "tp") == 0)
+
+    def first_sample(self, micro_batch: int) -> int:
+        """Of one of this rank's in the next step."""
+        share = batch_at(self.cfg.train, self.consumed) // self.mesh.layout.dp
+        return self.consumed + self.mesh.index("dense", "dp") * share + micro_batch * self.cfg.train.micro_batch
 
     def _accumulated(self, micro_batches: int, forward: Forward) -> Tensor:
         """The sum of the micro-batches' losses, one after the other; gradients accumulated."""
@@ -125,6 +154,7 @@ class Trainer:
                 self.mover.begin_micro_batch(m == micro_batches - 1)
             loss = forward(m, None, None, {})
             assert isinstance(loss, Tensor)
+            where.at("backward")
             with self._fixed_order():
                 loss.backward()
             total += loss.detach()
@@ -164,8 +194,9 @@ class Trainer:
         stage: Stage | None = None, x: Tensor | None = None, carry: Carry | None = None,
     ) -> Tensor | tuple[Tensor, Carry]:  # fmt: skip
         """Micro-batch m, the samples from ``first`` on: its token sum over ``targets``, or what a ``stage`` passes."""
+        where.at("forward", micro_batch=m)
         found = summed_loss(
-            self.model, self.data.loader.batch(first, self.cfg.train.micro_batch), self.part, stage=stage, x=x,
+            self.model, self.samples.batch(first, self.cfg.train.micro_batch), self.part, stage=stage, x=x,
             carry=carry, step=self.steps, micro_batch=m, routed_tokens=routed_tokens, seed=self.cfg.seed,
             ids=None if seen is None else seen.ids[m], scores=None if seen is None else seen.scores[m],
             margins=None if seen is None else seen.margins[m],
@@ -173,17 +204,18 @@ class Trainer:
         return found / targets if isinstance(found, Tensor) else found
 
     def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
-        if self.mover:
-            self.mover.finish()
+        where.at("update")
         grads = state.grads(self.model)
         state.sum_copies_(grads, self.plan)
         if seen is not None:
             seen.grads = {n: g.clone() for n, g in grads.items()}
         optim = self.cfg.optim
         counted = [g for n, g in grads.items() if self.plan[n].counted and not optim.frozen(n)]
-        norm = grad_norm(counted, group=self.all_ranks, like=loss)
+        norm, total = norm_and_sum(counted, loss, group=self.all_ranks)
+        verdict = self.judge(total, norm) if self.judge else None
+        skip = verdict.bad if verdict else None
         lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
-        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip))
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip), skip=skip)
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
         most = max((x.num_choices for x in self.cfg.model.moe_configs), default=0)
@@ -193,12 +225,18 @@ class Trainer:
             load_E.copy_(layer.load_ME.sum(0))
         comm.all_reduce_(load_LE, group=self.all_ranks)
         for layer, load_E in loads.items():
-            layer.end_step(load_E, step=self.steps)
+            layer.end_step(load_E, step=self.steps, skip=skip)
         if self.mover:
             self.mover.end_step(load_LE, self.steps)
         dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
         balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
-        return StepResult(loss, norm, load_LE, dropped, balance_J)
+        return StepResult(loss, norm, load_LE, dropped, balance_J, verdict)
+
+    def check_copies(self) -> None:
+        """Collective; raises ``CorruptionError`` where ranks that hold the same tensor do not."""
+        if found := origin.copies(self):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise CorruptionError(f"after step {self.steps} copies differ: {'; '.join(found[:3])}{more}")
 
     def validate(self) -> dict[str, Score]:
         scores = {
@@ -238,23 +276,26 @@ class Trainer:
         """Where ``box`` lies, which is storage like that of parameter ``name``."""
         return state.describe(self.model, self.plan, name, box)
 
-    def save(self) -> Path:
+    def state(self) -> tuple[dict[str, Logical], dict[str, Any]]:
+        """What a checkpoint holds, and what it says."""
         meta = {
             "step": self.steps, "consumed": self.consumed, "data": self.data.loader.fingerprint,
-            "fresh_from": self.fresh_from, "changes": self.changes, "life": self.life and self.life.number,
-            "ranks": self.world.size, "layout": str(self.mesh.layout),
+            "updates": self.optimizer.updates, "skipped": [*self.skipped], "changes": self.changes,
+            "judge": self.judge.state() if self.judge else {},
+            "life": self.life and self.life.number, "ranks": self.world.size, "layout": str(self.mesh.layout),
             "moetrain": __version__, "torch": torch.__version__, "config": configs.dump(self.cfg),
         }  # fmt: skip
-        folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
         tensors = self.tensors()
         if self.mover:
             tensors |= self.mover.tensors()
             meta["placement"] = self.mover.measured()
+        return tensors, meta
+
+    def save(self) -> Path:
+        """At once, collective; a run's own saves are those of ``saving.py``."""
+        tensors, meta = self.state()
+        folder = checkpoint.step_folder(checkpoints(self.cfg), self.steps)
         checkpoint.save(folder, tensors, meta, group=self.world.host_group, life=self.life)
-        keep = self.cfg.checkpoint
-        if self.world.main and keep.keep:
-            checkpoint.prune(checkpoints(self.cfg), keep=keep.keep, keep_every=keep.keep_every, life=self.life)
-        comm.barrier(self.world.host_group)
         return folder
 
     def _placement(self, folder: Path) -> dict[str, Logical]:
@@ -279,9 +320,11 @@ class Trainer:
             return report
         self.steps = meta["step"]
         self.consumed = 0 if "data" in start.reset else meta["consumed"]
-        self.fresh_from = self.steps if "optim" in start.reset else meta.get("fresh_from", 0)
+        self.skipped[:] = [] if "data" in start.reset else meta.get("skipped", [])
         self.changes = list(start.changes)
-        self.optimizer.set_steps(self.steps - self.fresh_from)
+        self.optimizer.set_steps(0 if "optim" in start.reset else meta.get("updates", self.steps))
+        if self.judge:
+            self.judge.restore(meta.get("judge", {}))
         if self.mover:
             self.mover.restore(self.steps, self.optimizer, measured=meta.get("placement"))
         return report

@@ -14,14 +14,14 @@ COMMANDS = {
     "fssdp-sim": "price placement policies on a cluster that is not here",
     "layout": "print who sits where in a layout, list the legal ones",
     "inspect": "list what a checkpoint holds, and check that it is whole",
+    "replay": "run a bad step again, and say where it first goes wrong",
     "report": "make a page of a run's loss, balance and drops",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend, 3 stopped
-    by an alert.
-    """
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend, those of a run in
+    docs/resume.md."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"moetrain {__version__}")

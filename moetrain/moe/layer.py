@@ -223,12 +223,15 @@ class MoE(nn.Module):
         self.watch = Watch.empty(micro_batches, num_experts=E, pairs=pairs, like=self.bias_E) if watch else None
 
     @torch.no_grad()
-    def end_step(self, load_E: Tensor, *, step: int) -> None:
-        """After ``step``, given its global load (E,) int64: move the bias, plan the next placement."""
+    def end_step(self, load_E: Tensor, *, step: int, skip: Tensor | None = None) -> None:
+        """After ``step``, given its global load (E,) int64: move the bias; nothing where ``skip``, () bool."""
+        bias_E = self.bias_E
         for term in self.cfg.balance.values():
-            self.bias_E.copy_(term.bias(self.bias_E, load_E, step=step))
+            bias_E = term.bias(bias_E, load_E, step=step)
+        if bias_E is not self.bias_E:
+            self.bias_E.copy_(bias_E if skip is None else torch.where(skip, self.bias_E, bias_E))
         if self.lagged_E is not None:
-            self.lagged_E.copy_(load_E)
+            self.lagged_E.copy_(load_E if skip is None else torch.where(skip, self.lagged_E, load_E))
 
     def _route(self, logits_TE: Tensor, ctx: Context) -> tuple[Routing, bool]:
         """Whether it is run again: then with the choices of the first run, which a second top-k may not repeat."""

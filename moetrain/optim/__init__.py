@@ -1,7 +1,7 @@
 """AdamW and Muon on each rank's own shards, the global gradient norm, the learning rate. Read first: optimizer."""
 
 from moetrain.optim.config import Kind, MuonConfig, OptimConfig, Schedule, StateDType
-from moetrain.optim.optimizer import Optimizer, check_saved, clip_scale, grad_norm
+from moetrain.optim.optimizer import Optimizer, check_saved, clip_scale, grad_norm, norm_and_sum
 
 __all__ = [
     "Kind",
@@ -13,4 +13,5 @@ __all__ = [
     "check_saved",
     "clip_scale",
     "grad_norm",
+    "norm_and_sum",
 ]

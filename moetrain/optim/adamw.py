@@ -16,7 +16,8 @@ class AdamW:
     """
 
     def __init__(self, cfg: OptimConfig, params: dict[str, Tensor], *, decays: Callable[[str], bool]) -> None:
-        self.cfg, self.decays, self.steps = cfg, decays, 0
+        self.cfg, self.decays = cfg, decays
+        self.steps: int | Tensor = 0  # updates that the state has seen; on a GPU where some may be skipped, there
         moving = {name: storage for name, storage in params.items() if not cfg.frozen(name)}
         self.leaves = {name: nn.Parameter(storage) for name, storage in moving.items()}  # shares the storage
         dtypes = {name: p.dtype if cfg.state_dtype is None else cfg.state_dtype.torch for name, p in params.items()}
@@ -34,7 +35,7 @@ class AdamW:
     def moved(self) -> None:
         if self.fused is not None:
             self.fused = self._make_fused()
-            self.set_steps(self.steps)
+            self._tell_steps()
 
     def _make_fused(self) -> torch.optim.AdamW:
         cfg = self.cfg
@@ -48,19 +49,28 @@ class AdamW:
             fused.state[p] |= {kind: averages[name] for kind, averages in self.averages.items()}
         return fused
 
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None) -> None:
-        """The fused kernel scales float32 gradients as it reads them; all others are scaled in place."""
-        self.steps += 1
+    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None) -> None:
+        """The fused kernel scales float32 gradients as it reads them; all others are scaled in place.
+
+        Where ``skip``, () bool, is true, nothing changes; the host does not wait to know.
+        """
+        self.steps = self.steps + (1 if skip is None else 1 - skip.double())
         values = [grads[name] for name in self.leaves]
         kernel_scales = self.fused is not None and values[0].dtype is torch.float32
         if scale is not None and values and not kernel_scales:  # the kernel's factor is float32, too coarse for float64
             torch._foreach_mul_(values, scale.to(values[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
         if self.fused is None:
             for name, g in zip(self.leaves, values, strict=True):
+                now = [self.leaves[name].detach(), *(averages[name] for averages in self.averages.values())]
+                before = [] if skip is None else [x.clone() for x in now]
                 self._update(name, g, lr)
+                for x, was in zip(now, before, strict=False):
+                    x.copy_(torch.where(skip, was, x))  # pyright: ignore[reportCallIssue, reportArgumentType]
             return
         if scale is not None and kernel_scales:
             self.fused.grad_scale = scale.reciprocal().float()  # pyright: ignore[reportAttributeAccessIssue]
+        if skip is not None:
+            self.fused.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
         for group in self.fused.param_groups:
             group["lr"] = lr
         for name, p in self.leaves.items():
@@ -78,10 +88,16 @@ class AdamW:
         if self.decays(name):
             p.mul_(1 - lr * cfg.weight_decay)
         size = v.div_(1 - cfg.beta2**self.steps).sqrt_().add_(cfg.eps)
-        p.addcdiv_(m, size, value=-lr / (1 - cfg.beta1**self.steps))
+        if isinstance(self.steps, Tensor):
+            p.sub_(m.mul_(lr / (1 - cfg.beta1**self.steps)).div_(size))
+        else:
+            p.addcdiv_(m, size, value=-lr / (1 - cfg.beta1**self.steps))
 
     def set_steps(self, steps: int) -> None:
         self.steps = steps
+        self._tell_steps()
+
+    def _tell_steps(self) -> None:
         if self.fused is not None:
             for p in self.leaves.values():
-                self.fused.state[p]["step"].fill_(steps)
+                self.fused.state[p]["step"].fill_(self.steps)

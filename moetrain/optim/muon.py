@@ -118,8 +118,8 @@ class Muon:
             part = _Part(name, chunk.tensor[one], tuple(like[one].shape), strides, start)
             self.parts[number, offsets[0] + i, offsets[1:], sizes[1:]] = part
 
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None) -> None:
-        """Update in place with ``scale * grads``, which then hold what was made orthogonal."""
+    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None) -> None:
+        """Update in place with ``scale * grads``, which then hold what was made orthogonal; nothing where ``skip``."""
         mu = self.muon.momentum
         decay = self.cfg.weight_decay if self.muon.weight_decay is None else self.muon.weight_decay
         ahead: dict[str, Tensor] = {}
@@ -128,15 +128,16 @@ class Muon:
             if scale is not None:
                 g.mul_(scale.to(g.dtype))
             moved = momentum.to(p.dtype, copy=True).mul_(mu).add_(g)
-            momentum.copy_(moved)
+            momentum.copy_(moved if skip is None else torch.where(skip, momentum.to(moved.dtype), moved))
             ahead[name] = g.add_(moved, alpha=mu).contiguous()
-            p.mul_(1 - lr * decay)
+            p.mul_(1 - lr * decay if skip is None else 1 - lr * decay * (1 - skip.to(p.dtype)))
         for batch in self.batches:
             updates = self._compute(batch, self._travel(batch, batch.there, self._ahead(batch.there, ahead)))
             back = self._travel(batch, batch.back, _flat([updates[piece] for piece in batch.back.out], like=ahead))
             for piece, update in _cut(back, batch.back.into):
                 weights = self.parts[piece].weights
-                weights.add_(update.view(weights.shape), alpha=-lr)
+                update = update.view(weights.shape)
+                weights.add_(update if skip is None else update.masked_fill(skip, 0), alpha=-lr)
 
     def _ahead(self, trip: Trip, ahead: dict[str, Tensor]) -> Tensor:
         parts = [self.parts[piece] for piece in trip.out]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, world
 from moetrain.config import UserError
 from moetrain.logical import Chunk, Logical
 from moetrain.optim.adamw import AdamW
@@ -52,11 +52,23 @@ class Optimizer:
         return self.cfg.decay_gates or ".moe.gate." not in name
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None) -> None:
-        """Update in place with ``scale * grads``; the gradients are used up, but those of frozen parameters."""
-        self.adamw.step(grads, lr=lr, scale=scale)
+    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None) -> None:
+        """Update in place with ``scale * grads``; the gradients are used up, but those of frozen parameters.
+
+        Where ``skip``, () bool, is true, it is as if there had been no step; a GPU's host does not wait to know.
+        """
+        if skip is not None and world.on_cpu(skip):
+            if skip:
+                return
+            skip = None
+        self.adamw.step(grads, lr=lr, scale=scale, skip=skip)
         if self.muon is not None:
-            self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale)
+            self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale, skip=skip)
+
+    @property
+    def updates(self) -> int:
+        """That the state has seen; the host waits to know."""
+        return int(self.adamw.steps)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """exp_avg, exp_avg_sq, and momentum where there is one -> name -> local storage."""
@@ -120,13 +132,20 @@ def check_saved(cfg: OptimConfig, saved: dict[str, tuple[tuple[int, ...], torch.
 
 
 @torch.no_grad()
-def grad_norm(grads: list[Tensor], *, group: ProcessGroup | None, like: Tensor) -> Tensor:
-    """() global norm of gradients whose every element lies on exactly one rank of ``group``. One all-reduce."""
-    squares = torch.zeros((), dtype=torch.float64, device=like.device)
+def norm_and_sum(grads: list[Tensor], x: Tensor, *, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """() global norm of gradients whose every element lies on exactly one rank of ``group``, and the () sum of the
+    ranks' ``x``, float64 both. One all-reduce."""
+    squares = torch.zeros((), dtype=torch.float64, device=x.device)
     if mine := [g for g in grads if g.numel()]:
         norms = torch._foreach_norm(mine)  # pyright: ignore[reportPrivateImportUsage]
         squares += torch.stack([n.double() for n in norms]).square().sum()
-    return comm.all_reduce_(squares, group=group).sqrt()
+    both = comm.all_reduce_(torch.stack([squares, x.double()]), group=group)
+    return both[0].sqrt(), both[1]
+
+
+def grad_norm(grads: list[Tensor], *, group: ProcessGroup | None, like: Tensor) -> Tensor:
+    """The norm alone."""
+    return norm_and_sum(grads, like.new_zeros(()), group=group)[0]
 
 
 def clip_scale(norm: Tensor, *, clip: float) -> Tensor | None:

@@ -40,7 +40,7 @@ def history(folder: Path, layers: list[int] | None, *, over: int | None = None) 
     ``LAST`` logging steps.
     """
     records = _records(folder)
-    steps = [r for r in records if "loss" in r]
+    steps = [r for r in records if "loss" in r and not r.get("skipped")]
     if not steps:
         raise UserError(f"{folder / 'metrics.jsonl'} has no step yet: train first, or name another run's folder")
     logged = [r for r in steps if r.get("health")]

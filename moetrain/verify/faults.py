@@ -246,7 +246,7 @@ def local_divisor() -> Swaps:
 )
 def bias_from_local_load() -> Swaps:
     right = layer.MoE.end_step
-    return [(layer.MoE, "end_step", lambda self, load_E, *, step: right(self, self.load_ME.sum(0), step=step))]
+    return [(layer.MoE, "end_step", lambda self, load_E, **rest: right(self, self.load_ME.sum(0), **rest))]
 
 
 @_fault("the parts of an expert's result are averaged", _if("etp > 1", lambda cfg, n: n.etp > 1))
@@ -324,12 +324,12 @@ def norm_of_a_stage() -> Swaps:
     right = train.Trainer._update
 
     def wrong(self, loss, seen):
-        stage, norm = self.mesh.group("moe", "edp", "ep", "etp"), train.grad_norm
-        train.grad_norm = lambda grads, *, group, like: norm(grads, group=stage, like=like)
+        stage, both = self.mesh.group("moe", "edp", "ep", "etp"), train.norm_and_sum
+        train.norm_and_sum = lambda grads, x, *, group: both(grads, x, group=stage)
         try:
             return right(self, loss, seen)
         finally:
-            train.grad_norm = norm
+            train.norm_and_sum = both
 
     return [(train.Trainer, "_update", wrong)]
 
