@@ -226,7 +226,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(ranks, tmp_path):
         ("disk full", "OSError", "No space left"),
         ("missing", "UserError", "v is not in"),
         ("other model", "UserError", "w is float32 [5] here and float32 [4] in"),
-        ("damage", "UserError", "rank-00001.safetensors fails the checksum of w"),
+        ("damage", "DamagedError", "rank-00001.safetensors fails the checksum of w"),
     ):
         for answer in (zero[case], one[case]):
             assert answer is not None, case

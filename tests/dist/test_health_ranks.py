@@ -20,7 +20,8 @@ from moetrain import comm
 from moetrain.config import replace
 from moetrain.job import Config
 from moetrain.moe.experts import Experts
-from moetrain.run import _Loop
+from moetrain.loop import Loop
+from moetrain.saving import Saver
 from moetrain.telemetry.health import Health, Reading
 
 STEPS = 3
@@ -155,7 +156,8 @@ class Seen(TorchDispatchMode):
 def costs(rank: int, world: int, cfg: Config) -> list[tuple[list[tuple[str, int]], int]]:
     """Of each step: its collectives, and how often the host read the device."""
     cfg.run.folder.mkdir(parents=True, exist_ok=True)
-    loop, found = _Loop(trainer(rank, world, cfg), logging.getLogger("test")), []
+    run = trainer(rank, world, cfg)
+    loop, found = Loop(run, Saver(cfg.checkpoint, run.world, cfg.run.folder, None), logging.getLogger("test")), []
     for _ in range(9):
         with Seen() as seen:
             loop.step()
@@ -192,7 +194,7 @@ def poisoned(rank: int, world: int, cfg: Config) -> str:
         gate = run.model.blocks["2"].moe.gate
         right = gate.forward
         gate.forward = lambda x, carry: ((found := right(x, carry))[0] * math.nan, found[1])
-    loop = _Loop(run, logging.getLogger("test"))
+    loop = Loop(run, Saver(cfg.checkpoint, run.world, cfg.run.folder, None), logging.getLogger("test"))
     try:
         loop.step()
     except RuntimeError as e:
@@ -201,7 +203,7 @@ def poisoned(rank: int, world: int, cfg: Config) -> str:
 
 
 def test_a_nan_logit_is_named_with_its_layer_and_rank(ranks, small_corpus, tmp_path) -> None:
-    cfg = config(small_corpus, tmp_path / "run", layout={"dp": 2, "ep": 2})
+    cfg = config(small_corpus, tmp_path / "run", layout={"dp": 2, "ep": 2}, bad_steps={"skip": False})
     for said in ranks(2).run(poisoned, cfg):
         assert said.startswith("step 1: loss nan")
         assert ", largest router logit nan in layer 2 on rank 1: not finite" in said
@@ -222,6 +224,6 @@ def test_two_ranks_stop_together_with_exit_code_3(small_corpus, tmp_path: Path) 
     assert done.returncode == 3, done.stdout + done.stderr
     assert done.stderr.startswith("stopped and saved at step 4: overload of layer 0 is ")
     assert done.stderr.count("\n") == 1
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000004"]
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in steps] == [1, 2, 3, 4]

@@ -3,6 +3,8 @@ is allowed to be."""
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from test_train import MODEL, TRAIN, config
 
 from moetrain import checkpoint
 from moetrain.config import UserError
-from moetrain.job import Config
-from moetrain.run import run
+from moetrain.job import Config, checkpoints
+from moetrain.run import StoppedError, run
+from moetrain.train import Trainer
 from moetrain.world import World
 
 SMALL = MODEL | {"num_layers": 2}
@@ -158,9 +161,9 @@ def test_a_warm_start_takes_the_weights_alone_and_resets_happen_once(ranks, corp
     assert json.loads((warm / "metrics.jsonl").read_text().splitlines()[0])["loss"] < losses[0] - 0.01
     anew = {"reset": ["optim", "data"]}
     pool.run(life, cfg(corpus, source, 1, run=anew))
-    assert (meta(source)["fresh_from"], meta(source)["consumed"]) == (2, TRAIN["batch"])
+    assert (meta(source)["updates"], meta(source)["consumed"]) == (1, TRAIN["batch"])
     pool.run(life, cfg(corpus, source, 1, run=anew))
-    assert (meta(source)["fresh_from"], meta(source)["consumed"]) == (2, 2 * TRAIN["batch"])
+    assert (meta(source)["updates"], meta(source)["consumed"]) == (2, 2 * TRAIN["batch"])
 
 
 def test_another_batch_keeps_the_position_in_samples(ranks, corpus, tmp_path) -> None:
@@ -183,3 +186,48 @@ def test_other_data_is_noticed(ranks, corpus, tmp_path) -> None:
 def test_keep_every(ranks, corpus, tmp_path) -> None:
     ranks(1).run(life, cfg(corpus, tmp_path / "run", 5, checkpoint={"keep": 1, "keep_every": 2}))
     assert steps_of(tmp_path / "run") == [2, 4, 5]
+
+
+def test_it_stops_where_the_file_says_and_goes_on(ranks, corpus, tmp_path) -> None:
+    """A signal to one rank, the file, the time limit, another life: seen by all at the same step, and saved."""
+    straight, pool = tmp_path / "straight", ranks(2)
+    layout = {"layout": {"dp": 2, "ep": 2}}
+    pool.run(life, cfg(corpus, straight, 6, **layout))
+    for how in ("signal", "file", "limit"):
+        folder = tmp_path / how
+        late = {"time_limit": 1e-3} if how == "limit" else {}
+        for said in pool.run(stopped, cfg(corpus, folder, 6, run=late, checkpoint={"every": 0}, **layout), how):
+            assert "asked to stop by" in said, said
+            assert "the same command continues" in said
+        reached = steps_of(folder)
+        assert len(reached) == 1
+        assert 2 <= reached[0] < 6
+        (folder / "stop").unlink(missing_ok=True)  # as preflight does
+        pool.run(life, cfg(corpus, folder, 6, checkpoint={"every": 0}, **layout))
+        assert same(whole.newest(folder), whole.newest(straight))
+    folder = tmp_path / "superseded"
+    for said in pool.run(stopped, cfg(corpus, folder, 6, checkpoint={"every": 0}, **layout), "life"):
+        assert "life 1 of the run was taken over by life 2" in said
+    assert steps_of(folder) == []
+
+
+def stopped(rank: int, world: int, cfg: Config, how: str) -> str:
+    step, steps = Trainer.step, [0]
+
+    def late(self, **more):
+        steps[0] += 1
+        if steps[0] == 1 and how == "signal" and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if steps[0] == 1 and rank == 0 and how == "file":
+            (cfg.run.folder / "stop").touch()
+        if steps[0] == 1 and rank == 0 and how == "life":
+            checkpoint.take_over(checkpoints(cfg))
+        return step(self, **more)
+
+    Trainer.step = late
+    try:
+        return life(rank, world, cfg)
+    except StoppedError as error:
+        return str(error)
+    finally:
+        Trainer.step = step

@@ -127,7 +127,7 @@ CASES = {
     "no corpus at all": ("~data.corpora.text", "data.corpora is empty"),
     "a run folder that cannot be written": ("run.dir=/dev/null/runs", "cannot be written (Not a directory)"),
     "a run name that leaves its folder": ("run.name=../x", "cannot name a folder"),
-    "an unknown way to resume": ("run.resume=maybe", "is not one of auto, never"),
+    "an unknown way to resume": ("run.resume=maybe", "is neither auto nor never nor a checkpoint in"),
     "a config file that is not there": ("--config /nowhere.yaml", "cannot read the config /nowhere.yaml"),
     "replayed choices that are not there": ("router=replay model.moe.router.path=/nowhere", "cannot be read"),
 }
@@ -186,9 +186,13 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_kept(finished, capsys
     capsys.readouterr()
     refused(capsys, [*finished, "model.dim=64"], says="is a checkpoint of another model")
     refused(capsys, [*finished, "model.moe.num_experts=8"], says="choose another run.name")
-    refused(capsys, [*finished, "optim=muon"], says="restore the optim.kind that it was trained with, or start anew")
-    refused(capsys, [*finished, "optim.state_dtype=bfloat16"], says="set optim.state_dtype=float32 to continue it")
-    refused(capsys, [*finished, "train.seq_len=16"], says="was trained on other data, mix, seq_len or seed")
+    refused(capsys, [*finished, "optim=muon"], says="optim.kind was adamw in")
+    refused(capsys, [*finished, "optim.state_dtype=bfloat16"], says="optim.state_dtype was null in")
+    refused(
+        capsys,
+        [*finished, "train.seq_len=16"],
+        says="train.seq_len was 32, is 16. Restore what was, or say that it is meant",
+    )
     refused(capsys, [*finished, "run.resume=never"], says="already holds step-00000002")
     assert contents(tmp_path / "default") == before
 
@@ -215,4 +219,4 @@ def test_a_damaged_checkpoint_is_named(finished, capsys, tmp_path) -> None:
     data[-5] ^= 1
     file.write_bytes(data)
     capsys.readouterr()
-    refused(capsys, [*finished, "train.steps=4"], says=file.name)
+    refused(capsys, [*finished, f"run.resume={newest}"], says=file.name)

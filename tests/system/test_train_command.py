@@ -202,7 +202,7 @@ def test_several_sets_are_validated_every_n_steps(small_corpus, tmp_path) -> Non
 
 
 def test_a_sweep_skips_what_is_illegal_outlives_what_fails_and_resumes(small_corpus, tmp_path) -> None:
-    few = ["layout.ep=1", "train.steps=2", "optim.warmup=1", "checkpoint.every=0"]
+    few = ["layout.ep=1", "train.steps=4", "optim.warmup=1", "checkpoint.every=0"]
     sweep = ["-m", *words(small_corpus, tmp_path / "sweep", *few), "optim.lr=1e-3,1e30", "model.moe.router.top_k=2,9"]
     done = train(*sweep)
     assert done.returncode == 1, done.stdout + done.stderr

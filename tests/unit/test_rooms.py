@@ -5,12 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "moetrain"
 FLOORS = [
-    {"config", "logical", "counter", "deferred", "rerun"},
+    {"config", "logical", "counter", "deferred", "rerun", "signals", "where"},
     {"comm", "layouts", "mesh", "world"},
     {"kernels", "moe"},
     {"model"},
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
-    {"job", "evaluate", "train", "run"},
+    {"bad_steps"},
+    {"job", "evaluate", "train", "run", "loop", "begin", "resume", "changes", "saving", "stop", "watchdog"}
+    | {"origin", "recovery"},
     {"verify", "memory", "report", "simulate"},
     {"cli"},
 ]

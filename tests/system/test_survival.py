@@ -1,0 +1,152 @@
+"""Real processes that are killed, stopped, taken over and asked to leave: exit codes, and what is said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from drawn import commit
+from test_train_command import assert_nobody_lives, losses, train, words
+
+from moetrain.cli import ranks
+from moetrain.config import load
+from moetrain.job import Config
+from moetrain.train import CorruptionError
+from moetrain.world import World
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
+    """To a file: a pipe that nobody reads would stop it."""
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, cwd=ROOT)
+
+
+def ended(life: subprocess.Popen[bytes], log: Path) -> str:
+    """What it said."""
+    life.wait(timeout=120)
+    return log.read_text()
+
+
+def rank_pids(launcher: int) -> list[int]:
+    """Of rank 0 and on."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = dict(x.split(b"=", 1) for x in (path / "environ").read_bytes().split(b"\0") if b"=" in x)
+        except OSError:
+            continue
+        if environ.get(b"MOETRAIN_PARENT") == str(launcher).encode() and b"RANK" in environ:
+            found[int(environ[b"RANK"])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(what, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)
+
+
+def test_what_ends_a_run_and_with_which_code(small_corpus, tmp_path) -> None:
+    """One run of two ranks, taken over (5), asked to leave (4), hung (6), killed and started again (0)."""
+    folder = tmp_path / "run"
+    argv = words(small_corpus, folder, "layout.ep=2", "train.steps=100000", "checkpoint.every=20", "checkpoint.keep=2")
+
+    def steps() -> int:
+        return losses(folder)[-1][0] if (folder / "metrics.jsonl").exists() and losses(folder) else 0
+
+    def goes_on(life: subprocess.Popen[bytes], number: int) -> None:
+        at = steps()
+        wait_for(lambda: f'"life":{number}' in newest() and steps() > at + 25)
+        assert life.poll() is None
+
+    def newest() -> str:
+        return max((folder / "checkpoints").glob("step-????????/index.json"), default=Path(os.devnull)).read_text()
+
+    logs = [tmp_path / f"{n}.log" for n in range(4)]
+    command = [sys.executable, "-m", "moetrain", "train", *argv]
+    first = start(logs[0], *command)
+    wait_for(lambda: steps() > 25)
+    second = start(logs[1], *command)
+    said = ended(first, logs[0])
+    assert first.returncode == 5, said
+    assert "life 1 of the run was taken over by life 2" in said
+    goes_on(second, 2)
+    second.send_signal(signal.SIGTERM)
+    said = ended(second, logs[1])
+    assert second.returncode == 4, said
+    assert "the same command continues" in said
+    third = start(logs[2], *command, "train.timeout=5")
+    goes_on(third, 3)
+    os.kill(rank_pids(third.pid)[1], signal.SIGSTOP)
+    said = ended(third, logs[2])
+    assert third.returncode == 6, said
+    assert "hang: rank 0 is in " in said
+    assert "hang: rank 1 said nothing: stopped, cut off or gone; the others wait for it" in said
+    fourth = start(logs[3], *command, "run.restarts=1")
+    goes_on(fourth, 4)
+    os.kill(rank_pids(fourth.pid)[1], signal.SIGKILL)
+    goes_on(fourth, 5)
+    (folder / "stop").touch()
+    said = ended(fourth, logs[3])
+    assert fourth.returncode == 4, said
+    assert "rank 1 failed (signal 9)" in said
+    assert "the ranks are started again (0 more times at the most)" in said
+    assert [step for step, _ in losses(folder)] == list(range(1, steps() + 1)), "each step once"
+    for life in (first, second, third, fourth):
+        assert_nobody_lives(life.pid)
+
+
+def test_a_corrupt_rank_has_a_code_of_its_own(monkeypatch, capsys, small_corpus, tmp_path) -> None:
+    def corrupt(cfg: Config, world: World) -> None:
+        raise CorruptionError("step 3, run twice, has not the same bits")
+
+    monkeypatch.setattr(ranks, "run", corrupt)
+    cfg = load({"train": {"device": "cpu"}, "run": {"dir": str(tmp_path)}}, Config)
+    assert ranks.be_rank(cfg, checked=True) == 7
+    assert "error: step 3, run twice" in capsys.readouterr().err
+
+
+def test_a_step_that_breaks_is_named_kept_and_replayed(small_corpus, tmp_path) -> None:
+    """A learning rate that no weights survive: on two ranks, then that step again on one."""
+    folder = tmp_path / "run"
+    done = train(
+        *words(
+            small_corpus, folder, "layout.ep=2", "train.steps=50", "optim.lr=1e30", "optim.clip=0", "checkpoint.every=0"
+        )
+    )
+    assert done.returncode == 1, done.stdout
+    assert "no checkpoint of the run is there to go back to: lower checkpoint.every" in done.stderr
+    (kept,) = (folder / "bad-steps").glob("step-????????")
+    step = int(kept.name[5:])
+    assert f"step {step} run again: first not finite in " in done.stdout
+    replay = [sys.executable, "-m", "moetrain", "replay", str(kept), "layout.ep=1", "layout.dp=1"]
+    again = subprocess.run(replay, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert f"step {step} on 1 rank(s): bad again" in again.stdout
+    first = next(line for line in done.stdout.splitlines() if "run again" in line)
+    module = first.split("first not finite in ")[1].split(",")[0]
+    assert f"first not finite in {module}," in again.stdout
+    whole = subprocess.run(
+        [*replay[:4], str(folder / "config.yaml")], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert (whole.returncode, len(whole.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="faults are those of Linux")
+def test_a_short_chaos(tmp_path) -> None:
+    """Some faults, drawn by the commit: what is left is the unbroken run."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--faults", "2", "--seed", commit()]
+    done = subprocess.run(
+        [*command, "--dir", str(tmp_path / "chaos"), "--out", str(tmp_path / "found.json")],
+        capture_output=True, text=True, timeout=900, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads((tmp_path / "found.json").read_text())) >= 2
