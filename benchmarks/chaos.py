@@ -36,7 +36,7 @@ from moetrain.logical import Chunk, Logical
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 8.0
 """train.timeout of the runs: a hang is found after so many seconds."""
-LIFE = 150.0
+LIFE = 600.0
 """Seconds that a life may take before the harness, like a cluster's, ends it."""
 PHASES = "forward", "backward", "optimizer", "save", "commit", "load"
 KINDS = {
@@ -387,6 +387,7 @@ def report(episode: Episode) -> list[dict[str, Any]]:
 def draw(count: int, seeds: list[str], kinds: list[str], base: Path) -> list[Episode]:
     """Episodes of one to three faults; kinds, phases and layouts dealt evenly, in an order drawn by the seed."""
     rng = random.Random("".join(seeds))
+    kinds = rng.sample(kinds, len(kinds))
     dealt = [kinds[i % len(kinds)] for i in range(count)]
     rng.shuffle(dealt)
     phases = [p for p in PHASES if p not in ("load",)] * count

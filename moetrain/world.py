@@ -156,7 +156,7 @@ def _meet(rank: int, size: int, limit: timedelta) -> Store | None:
             if own.get("name").decode() == name:
                 own.set_timeout(limit)
                 return own
-        except (dist.DistError, RuntimeError):
+        except RuntimeError:
             pass
         if time.monotonic() > until:
             raise RuntimeError(
