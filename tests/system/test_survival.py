@@ -1,5 +1,6 @@
 """Real processes that are killed, stopped, taken over and asked to leave: exit codes, and what is said."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,12 +20,24 @@ from moetrain.train import CorruptionError
 from moetrain.world import World
 
 ROOT = Path(__file__).parents[2]
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_left():
+    yield
+    for life in _STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(life.pid, signal.SIGKILL)  # its ranks go with it
+        life.wait()
+    _STARTED.clear()
 
 
 def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
     """To a file: a pipe that nobody reads would stop it."""
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, cwd=ROOT)
+        _STARTED.append(subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, cwd=ROOT))
+    return _STARTED[-1]
 
 
 def ended(life: subprocess.Popen[bytes], log: Path) -> str:
@@ -67,7 +80,10 @@ def test_what_ends_a_run_and_with_which_code(small_corpus, tmp_path) -> None:
         assert life.poll() is None
 
     def newest() -> str:
-        return max((folder / "checkpoints").glob("step-????????/index.json"), default=Path(os.devnull)).read_text()
+        for path in sorted((folder / "checkpoints").glob("step-????????/index.json"), reverse=True):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                return path.read_text()
+        return ""
 
     logs = [tmp_path / f"{n}.log" for n in range(4)]
     command = [sys.executable, "-m", "moetrain", "train", *argv]
