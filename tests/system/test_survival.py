@@ -42,7 +42,7 @@ def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
 
 def ended(life: subprocess.Popen[bytes], log: Path) -> str:
     """What it said."""
-    life.wait(timeout=120)
+    life.wait(timeout=400)
     return log.read_text()
 
 
@@ -59,7 +59,7 @@ def rank_pids(launcher: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for(what, seconds: float = 120) -> None:
+def wait_for(what, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it never came"
