@@ -3,10 +3,10 @@
 python benchmarks/saves.py [--ranks 2] [--pairs 10] [--write]
 
 stall         the longest step of an interval with a save over the median step, and what the saver itself measured
-added         time of an interval with a save, beside one without, whose length is such that the save ends in it
+added         time of an interval with a save, beside one without, just long enough for the save to end in it
 copy          bytes a second of the snapshot, beside the same tensors copied by themselves
-save, load    bytes a second of all ranks, beside plain files of the same size written and synced, or read, by as
-              many processes at once; both read from the disk, not from the page cache
+save, load    bytes a second of all ranks, nothing else running, beside plain files of the same size written and
+              synced, or read, by as many processes at once; both read from the disk, not from the page cache
 """
 
 import argparse
@@ -39,7 +39,7 @@ from moetrain.world import World
 RESULTS = Path(__file__).parent / "results" / "saves-cpu.json"
 MODEL = {
     "vocab_size": 1000, "dim": 256, "num_layers": 8, "num_heads": 4, "num_kv_heads": 4, "first_dense": 0,
-    "moe": {"num_experts": 64, "hidden": 512, "router": {"kind": "topk", "top_k": 1}},
+    "moe": {"num_experts": 64, "hidden": 512, "router": {"kind": "topk", "top_k": 1, "renormalize": False}},
 }  # fmt: skip
 TRAIN = {"steps": 10**6, "batch": 2, "micro_batch": 1, "seq_len": 128, "device": "cpu", "threads": 1}
 
@@ -82,16 +82,18 @@ def rank(rank: int, world: int, folder: Path, args: argparse.Namespace, address:
         with_.append(interval(steps, save=True))
         stalls.append(saver.stalled)
         took.append(saver.took)
-    saved = checkpoint.latest(root)
-    assert saved is not None
     found = {
         "bytes": mine, "steps": steps, "without": without, "with": with_, "stalled": stalls, "took": took,
         "copied": sum(t.numel() * t.element_size() for t in saver._copies.values()),
-        "copy": _copies(saver), "disk": [], "load": [], "read": [],
+        "copy": _copies(saver), "disk": [], "alone": [], "load": [], "read": [],
     }  # fmt: skip
     path = folder / f"plain-{rank}"
     for _ in range(args.pairs):
         found["disk"].append(_timed(here, lambda: _plain_write(path, found["copied"])))
+        run.step()  # a step is saved once
+        found["alone"].append(_timed(here, lambda: _save(saver, run, log)))
+        saved = checkpoint.latest(root)
+        assert saved is not None
         _forget([path, *saved.iterdir()])
         found["read"].append(_timed(here, lambda: _plain_read(path)))
         _forget([path, *saved.iterdir()])
@@ -106,6 +108,11 @@ def _timed(here: World, job) -> float:
     job()
     comm.barrier(here.host_group)
     return time.perf_counter() - since
+
+
+def _save(saver: Saver, run: Trainer, log: logging.Logger) -> None:
+    saver.save(*run.state(), log=log)
+    saver.finish(log, must=True)
 
 
 def _copies(saver: Saver) -> list[float]:
@@ -173,19 +180,22 @@ def main() -> None:
         "steps of an interval": first["steps"],
         "longest step over the median step, s": longest,
         "of the interval": longest / plain,
+        f"of {CheckpointConfig.every} steps, the default interval": longest / (CheckpointConfig.every * step),
         "training waited for the saver, s": middle(max(r["stalled"][i] for r in ranks) for i in range(args.pairs)),
         "added by a save, s": added,
         "added, of the interval": added / plain,
+        f"added, of {CheckpointConfig.every} steps": added / (CheckpointConfig.every * step),
         "a save took, s": middle(max(r["took"][i] for r in ranks) for i in range(args.pairs)),
         "snapshot, GB/s a rank": middle(r["copied"] / middle(r["stalled"]) / 1e9 for r in ranks),
         "the same copied by itself, GB/s a rank": middle(r["copied"] / middle(r["copy"]) / 1e9 for r in ranks),
-        "save, GB/s": size / middle(first["took"]) / 1e9,
+        "save, GB/s": size / middle(first["alone"]) / 1e9,
+        "save beside training, GB/s": size / middle(first["took"]) / 1e9,
         "plain files written, GB/s": size / middle(first["disk"]) / 1e9,
         "load, GB/s": size / middle(first["load"]) / 1e9,
         "plain files read, GB/s": size / middle(first["read"]) / 1e9,
     }
     for name, value in rows.items():
-        print(f"{name:42} {value if not isinstance(value, float) else f'{value:.3g}'}")
+        print(f"{name:44} {value if not isinstance(value, float) else f'{value:.3g}'}")
     report |= {"rows": rows, "ranks_found": ranks}
     end(report, RESULTS, began=began, write=args.write)
 

@@ -6,6 +6,7 @@ the others wrote: those inside a collective wait for those that have not entered
 stopped, cut off or gone. Then the process ends with exit code 6, so that whoever started it can start it again.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -50,9 +51,9 @@ class Watchdog:
 
     def _hung(self) -> None:
         mine = vars(here) | {"words": here.words(), "seconds": time.monotonic() - here.since}
+        path = self.folder / f"rank-{self.world.rank}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"rank-{self.world.rank}.json"
             path.with_suffix(".tmp").write_text(json.dumps(mine))
             os.replace(path.with_suffix(".tmp"), path)
             self._record()
@@ -64,7 +65,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=handler.stream)  # pyright: ignore[reportArgumentType]
         self._closed.wait(_LISTEN)
         if self._closed.is_set() or time.monotonic() - here.since < self.limit:
-            return  # it went on after all
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # it went on after all
+            return
         for line in told(self.folder, self.world.size):
             self.log.error(line)
         if self.world.main:
