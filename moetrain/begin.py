@@ -13,7 +13,9 @@ def begin(trainer: Trainer, log: logging.Logger) -> checkpoint.Life:
     """Take over the run's checkpoints, and load the one that it goes on from, if there is one. Collective."""
     root = checkpoints(trainer.cfg)
     wire = checkpoint.Wire(trainer.world.host_group)
-    life = trainer.life = checkpoint.Life(root, wire.decide(lambda: checkpoint.take_over(root).number))
+    before, number = wire.decide(lambda: (checkpoint.last_word(root), checkpoint.take_over(root).number))
+    life = trainer.life = checkpoint.Life(root, number)
+    log.info(f"life {number} of the run begins" + (f"; {before}" if before else ""))
     if not _load(trainer, log, upto=None):
         log.info(f"starting anew: no committed checkpoint in {root}")
     return life

@@ -3,12 +3,14 @@
 import logging
 import time
 import traceback
+from contextlib import nullcontext
 
 import torch
 
 from moetrain import __version__, comm, kernels, where
 from moetrain import config as configs
 from moetrain.begin import begin
+from moetrain.checkpoint import Life
 from moetrain.config import UserError
 from moetrain.job import Config, checkpoints, open_data
 from moetrain.loop import Loop, due
@@ -71,6 +73,12 @@ def _run(cfg: Config, world: World, log: logging.Logger) -> None:
     for line in describe(trainer):
         log.info(line)
     life = begin(trainer, log)
+    with life.ending() if world.main else nullcontext():
+        _live(trainer, life, log)
+
+
+def _live(trainer: Trainer, life: Life, log: logging.Logger) -> None:
+    cfg, world = trainer.cfg, trainer.world
     stop = Stop(world, cfg.run.folder, limit=cfg.run.time_limit, life=life)
     saver = Saver(cfg.checkpoint, world, checkpoints(cfg), life)
     last = cfg.train.steps

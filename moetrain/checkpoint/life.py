@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from moetrain.checkpoint.folders import (
 )
 from moetrain.config import UserError
 
+_END = "ended"
 _LIFE = re.compile(r"life-(\d{8,})")
 _LEFT = re.compile(r"(life-\d{8,}\.over|step-\d{8,}\.tmp)-[0-9a-z]+")
 
@@ -74,12 +76,36 @@ class Life:
         self.rename(path, gone)
         remove(gone)
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Leaves how this ends, in a line, for ``last_word``: what is killed in it leaves nothing."""
+        word = "it was done"
+        try:
+            yield
+        except BaseException as error:
+            word = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise
+        finally:
+            with suppress(OSError):  # it is over already, or the disk is gone
+                (self.folder / _END).write_text(word + "\n")
+
     def superseded(self) -> SupersededError:
         newest = max(_numbers(self.root), default=0)
         return SupersededError(
             f"life {self.number} of the run was taken over by life {newest}, which goes on from what was committed "
             f"until then: this one ends, nothing of it is saved any more"
         )
+
+
+def last_word(root: Path) -> str:
+    """How the newest life under ``root`` ended, in words; none where there was none."""
+    number = max(_numbers(root), default=0) if root.is_dir() else 0
+    if not number:
+        return ""
+    try:
+        return f"life {number} ended: {(Life(root, number).folder / _END).read_text().strip()}"
+    except OSError:
+        return f"life {number} said nothing of its end: killed, hung, cut off or still there; it can save no more"
 
 
 def take_over(root: Path) -> Life:

@@ -1,5 +1,6 @@
 """``moetrain train``: the same arguments start the local ranks, or, under torchrun, are one rank."""
 
+import os
 from pathlib import Path
 
 from moetrain import config as configs
@@ -11,7 +12,7 @@ from moetrain.job import Config
 from moetrain.model.flops import size
 from moetrain.report.points import Status, read
 from moetrain.resume import preflight
-from moetrain.world import launched, wanted_ranks
+from moetrain.world import die_with, launched, wanted_ranks
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
         return _swept(sweep) if sweep else 0
     cfg = compose(argv)
     if launched():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with(os.getppid())
         return be_rank(cfg, checked=False)
     return _start(cfg)
 

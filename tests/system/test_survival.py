@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,14 +48,18 @@ def ended(life: subprocess.Popen[bytes], log: Path) -> str:
     return log.read_text()
 
 
+def environment(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
 def rank_pids(launcher: int) -> list[int]:
     """Of rank 0 and on."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            environ = dict(x.split(b"=", 1) for x in (path / "environ").read_bytes().split(b"\0") if b"=" in x)
-        except OSError:
-            continue
+        environ = dict(x.split(b"=", 1) for x in environment(path).split(b"\0") if b"=" in x)
         if environ.get(b"MOETRAIN_PARENT") == str(launcher).encode() and b"RANK" in environ:
             found[int(environ[b"RANK"])] = int(path.name)
     return [found[rank] for rank in sorted(found)]
@@ -117,6 +123,60 @@ def test_what_ends_a_run_and_with_which_code(small_corpus, tmp_path) -> None:
     assert [step for step, _ in losses(folder)] == list(range(1, steps() + 1)), "each step once"
     for life in (first, second, third, fourth):
         assert_nobody_lives(life.pid)
+
+
+def test_torchrun_loses_a_node_and_gets_one_back(small_corpus, tmp_path) -> None:
+    """Two agents of 1:2 nodes: two ranks, one where an agent is killed, two where another one comes."""
+    folder, name = tmp_path / "run", f"nodes-{os.getpid()}"
+    argv = words(
+        small_corpus, folder, "layout.ep=1", "layout.dp=-1", "train.steps=100000", "checkpoint.every=20",
+        "checkpoint.keep=2", "train.timeout=30",
+    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def agent(number: int) -> subprocess.Popen[bytes]:
+        return start(
+            tmp_path / f"agent-{number}.log", "env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2",
+            "--nproc-per-node=1", "--max-restarts=9", "--monitor-interval=0.2", "--local-addr=127.0.0.1",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={name}",
+            f"--rdzv-conf=is_host={int(number == 0)},last_call_timeout=3", "-m", "moetrain", "train", *argv,
+        )  # fmt: skip
+
+    def listens() -> bool:
+        with socket.socket() as there:
+            return there.connect_ex(("127.0.0.1", port)) == 0
+
+    def goes_on_with(ranks: int) -> None:
+        """Steps of a life of so many ranks come."""
+        log = folder / "logs" / "rank-0.log"
+
+        def comes() -> bool:
+            before, _, after = log.read_text().rpartition(" rank(s) on cpu") if log.exists() else ("", "", "")
+            return before.endswith(f" {ranks}") and after.count(": loss ") > 30
+
+        wait_for(comes)
+
+    first = agent(0)
+    wait_for(listens)
+    second = agent(1)
+    goes_on_with(2)
+    os.kill(second.pid, signal.SIGKILL)
+    goes_on_with(1)
+    third = agent(2)
+    goes_on_with(2)
+    (folder / "stop").touch()
+    for number, left in {0: first, 2: third}.items():
+        said = ended(left, tmp_path / f"agent-{number}.log")
+        assert left.returncode == 0, said
+    steps = [step for step, _ in losses(folder)]
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    said = (folder / "logs" / "rank-0.log").read_text()
+    assert re.search(r"life \d+ of the run begins; life \d+ ended: .*gloo", said)
+    assert re.search(r"life \d+ of the run begins; life \d+ ended: asked to stop by a signal", said)
+    assert "asked to stop by the file stop in its folder" in said
+    assert not [p for p in Path("/proc").glob("[0-9]*") if name.encode() in environment(p)], "no process is left"
 
 
 def test_a_corrupt_rank_has_a_code_of_its_own(monkeypatch, capsys, small_corpus, tmp_path) -> None:

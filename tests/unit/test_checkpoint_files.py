@@ -230,6 +230,20 @@ def test_a_new_life_clears_what_the_dead_left(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_life_leaves_a_word_of_its_end(tmp_path):
+    assert checkpoint.last_word(tmp_path / "nowhere") == ""
+    assert checkpoint.last_word(tmp_path) == ""
+    with checkpoint.take_over(tmp_path).ending():
+        assert checkpoint.last_word(tmp_path).startswith("life 1 said nothing of its end")
+    assert checkpoint.last_word(tmp_path) == "life 1 ended: it was done"
+    with pytest.raises(ValueError), checkpoint.take_over(tmp_path).ending():
+        raise ValueError("no room\nmore of it")
+    assert checkpoint.last_word(tmp_path) == "life 2 ended: no room"
+    with checkpoint.take_over(tmp_path).ending():
+        checkpoint.take_over(tmp_path)
+    assert checkpoint.last_word(tmp_path).startswith("life 4 said nothing"), "of one that is over there is none"
+
+
 def test_a_life_that_is_over_can_neither_commit_nor_remove(tmp_path):
     old = checkpoint.take_over(tmp_path)
     for step in (1, 2):
