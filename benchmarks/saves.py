@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def rank(rank: int, world: int, folder: Path, args: argparse.Namespace, address:
         _forget([path, *saved.iterdir()])
         found["read"].append(_timed(here, lambda: _plain_read(path)))
         _forget([path, *saved.iterdir()])
-        found["load"].append(_timed(here, lambda: run.load(Start(saved))))
+        start = Start(saved)
+        found["load"].append(_timed(here, partial(run.load, start)))
     dist.destroy_process_group()
     return found
 

@@ -138,10 +138,11 @@ def test_torchrun_loses_a_node_and_gets_one_back(small_corpus, tmp_path) -> None
 
     def agent(number: int) -> subprocess.Popen[bytes]:
         return start(
-            tmp_path / f"agent-{number}.log", "env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2",
-            "--nproc-per-node=1", "--max-restarts=9", "--monitor-interval=0.2", "--local-addr=127.0.0.1",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={name}",
-            f"--rdzv-conf=is_host={int(number == 0)},last_call_timeout=3", "-m", "moetrain", "train", *argv,
+            tmp_path / f"agent-{number}.log", "env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=9",
+            "--monitor-interval=0.2", "--local-addr=127.0.0.1", "--rdzv-backend=c10d", f"--rdzv-id={name}",
+            f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={int(number == 0)},last_call_timeout=3",
+            "-m", "moetrain", "train", *argv,
         )  # fmt: skip
 
     def listens() -> bool:

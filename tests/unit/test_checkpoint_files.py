@@ -236,7 +236,7 @@ def test_a_life_leaves_a_word_of_its_end(tmp_path):
     with checkpoint.take_over(tmp_path).ending():
         assert checkpoint.last_word(tmp_path).startswith("life 1 said nothing of its end")
     assert checkpoint.last_word(tmp_path) == "life 1 ended: it was done"
-    with pytest.raises(ValueError), checkpoint.take_over(tmp_path).ending():
+    with pytest.raises(ValueError, match="no room"), checkpoint.take_over(tmp_path).ending():
         raise ValueError("no room\nmore of it")
     assert checkpoint.last_word(tmp_path) == "life 2 ended: no room"
     with checkpoint.take_over(tmp_path).ending():
