@@ -1,4 +1,4 @@
-"""``python -m moetrain`` is ``moetrain``; under torchrun it is how a rank starts."""
+"""``python -m moetrain`` is ``moetrain``; under torchrun and srun it is how a rank starts."""
 
 import os
 import sys

@@ -3,22 +3,21 @@
 import contextlib
 import ctypes
 import os
-import secrets
 import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import ProcessGroup, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.config import UserError
+from moetrain.launchers import meet, rank_info
 from moetrain.layouts import Layout
 
 
@@ -56,13 +55,13 @@ class World:
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun) has told this process its rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, srun) has told this process its rank."""
+    return bool(rank_info().by)
 
 
 def ranks_here() -> int:
     """How many ranks the launcher has started on this node; 0 where none has."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    return rank_info().local_size if launched() else 0
 
 
 def pick_device(wanted: Device, *, local_rank: int = 0) -> torch.device:
@@ -96,15 +95,16 @@ def join(
     communication: Communication,
     timeout: float,
     threads: int | None,
+    folder: Path | None = None,
     store: Store | None = None,
 ) -> World:
     """Read the launcher's variables, pick the device, join the process group. ``leave`` undoes it.
 
-    ``store``: where the ranks meet, if not at the launcher's address.
+    ``folder``, on a disk that all ranks share, is where those of srun find each other. ``store``: where the ranks meet,
+    if not at the launcher's address.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    here = rank_info()
+    rank, size, local_rank, local_size = here.rank, here.size, here.local_rank, here.local_size
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     where = pick_device(device, local_rank=local_rank)
     if where.type == "cuda":
@@ -113,9 +113,9 @@ def join(
         keep_freed_memory()
     if size == 1:
         return World(rank, size, local_rank, local_size, where, "")
-    backend = _backend(communication, where, local_size)
+    backend = _backend(communication, where, 1 if here.own_gpu else local_size)
     limit = timedelta(seconds=1.25 * timeout + 10)  # the watchdog speaks first
-    store = store or _meet(rank, size, limit)
+    store = store or meet(here, limit, folder=folder)
     if backend == "gloo":
         if local_size == size:  # all on this machine: the host name need not resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -126,43 +126,6 @@ def join(
     )
     host_group = made(dist.new_group(backend="gloo", timeout=limit))
     return World(rank, size, local_rank, local_size, where, backend, host_group, timeout, limit)
-
-
-def _meet(rank: int, size: int, limit: timedelta) -> Store | None:
-    """A store of this life's own, where torchrun would have its ranks meet in one that outlives them.
-
-    torch 2.13 shares the agents' store between the attempts of ``--max-restarts`` without a prefix, so that a second
-    attempt reads the addresses of processes that are dead. Here rank 0 opens a store and says where; what is left of
-    an earlier rank 0 does not answer, or by another name.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents = PrefixStore("moetrain", TCPStore(*where, is_master=False, timeout=limit))
-    if rank == 0:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # the address by which the agent is reached
-            probe.connect(where)
-            host = probe.getsockname()[0]
-        own = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        name = secrets.token_hex(8)
-        own.set("name", name)
-        agents.set("rank 0", f"{host} {own.port} {name}")
-        return own
-    until = time.monotonic() + limit.total_seconds()
-    while True:
-        host, port, name = agents.get("rank 0").decode().split()
-        try:
-            own = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=2))
-            if own.get("name").decode() == name:
-                own.set_timeout(limit)
-                return own
-        except RuntimeError:
-            pass
-        if time.monotonic() > until:
-            raise RuntimeError(
-                f"rank {rank} of {size} found no rank 0 at {host}:{port} in {limit.total_seconds():.0f} s"
-            )
-        time.sleep(0.2)
 
 
 def die_with(parent: int) -> None:

@@ -10,7 +10,8 @@ import yaml
 from torch import Tensor
 
 from moetrain import config as configs
-from moetrain.cli.compose import compose, folder
+from moetrain.cli.compose import compose
+from moetrain.cli.preset import read_cluster
 from moetrain.config import OPTIONS, UserError, config, nearest
 from moetrain.job import Config
 from moetrain.model.flops import layer_flops, size
@@ -154,22 +155,7 @@ def _value(word: str, text: str) -> Any:
 
 def _cluster(own: dict[str, Any]) -> tuple[str, Cluster]:
     name = own.pop("cluster=", "p4d")
-    path = folder() / "cluster" / f"{name}.yaml"
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
-    elif not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise UserError(
-            f"cluster={name}: no such cluster{nearest(name, known)} (there are: {', '.join(known)}; or a YAML file)"
-        )
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        why = e.strerror if isinstance(e, OSError) else "not YAML"
-        raise UserError(f"cluster={name} cannot be read ({why}): take configs/cluster/p4d.yaml as an example") from e
-    if not isinstance(data, dict):
-        raise UserError(f"cluster={name} is no mapping of keys: take configs/cluster/p4d.yaml as an example")
-    return Path(name).stem, configs.load(data | own.pop("cluster", {}), Cluster, "cluster")
+    return Path(name).stem, read_cluster(name, own.pop("cluster", {}), Cluster, slurm=False)
 
 
 def _ranks(value: Any, cluster: Cluster) -> list[int]:

@@ -8,6 +8,7 @@ from moetrain.config import UserError, nearest
 
 COMMANDS = {
     "train": "train a model, or resume it",
+    "launch": "submit a training run to a Slurm cluster",
     "data": "tokenize text, inspect a corpus",
     "verify": "prove that a layout is the same run as one rank",
     "memory": "foretell the bytes of a rank, for any layout, without a GPU",

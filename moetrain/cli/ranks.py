@@ -10,6 +10,7 @@ from moetrain import config as configs
 from moetrain.checkpoint import SupersededError
 from moetrain.config import UserError
 from moetrain.job import Config, check
+from moetrain.launchers import call_off, rank_info
 from moetrain.resume import preflight
 from moetrain.run import FailedError, StoppedError, run
 from moetrain.train import CorruptionError
@@ -28,13 +29,21 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
 
     ``checked``: whether whoever started this rank has been through ``preflight``; under torchrun nobody has.
     """
-    rank, size, t = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), cfg.train
+    t, rank = cfg.train, 0
     try:
+        here = rank_info()
+        rank, size = here.rank, here.size
         if not checked:
             check(cfg, world=size)  # on every rank, before any of them waits for another
             if rank == 0:
-                preflight(cfg, world=size, log=lambda line: print(line, flush=True))
-        world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
+                try:
+                    preflight(cfg, world=size, log=lambda line: print(line, flush=True))
+                except UserError:
+                    call_off(cfg.run.folder)
+                    raise
+        world = join(
+            device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads, folder=cfg.run.folder
+        )
         code = _run(cfg, world)
     except UserError as e:
         if rank == 0:

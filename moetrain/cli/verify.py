@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import random
 import re
 import shlex
@@ -17,6 +16,7 @@ from typing import NoReturn
 from moetrain.cli.compose import compose
 from moetrain.config import UserError, nearest, replace
 from moetrain.job import Config, DType, check
+from moetrain.launchers import rank_info
 from moetrain.layouts import Layout, legal
 from moetrain.model.flops import size
 from moetrain.verify import faults
@@ -85,7 +85,7 @@ def _one(options: argparse.Namespace, words: list[str]) -> int:
     cfg = _config(options, words)
     world = options.ranks or wanted_ranks(cfg.layout, device=cfg.train.device)
     if launched():
-        world = int(os.environ["WORLD_SIZE"])
+        world = rank_info().size
         if not options.full:
             raise UserError("under torchrun the layout is compared on the ranks that are there: add --full")
     cfg = replace(cfg, layout=cfg.layout.solve(world))
@@ -110,7 +110,7 @@ def _one(options: argparse.Namespace, words: list[str]) -> int:
     with _folder(options, cfg) as folder, _ranks(options, cfg, folder) as ranks:
         reference = make_reference(cfg, ranks, folder / "reference", layout=against)
         verdict = verify(cfg.layout, reference, ranks, folder / "layout", fault=options.inject)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank_info().rank == 0:
         print(f"{pages.words(cfg.layout)} beside {pages.words(against)}, {cfg.train.dtype.value}; {size(cfg.model)}")
         if verdict.report is not None:
             print("\n".join([*pages.groups(verdict.report), "", *pages.table(verdict.report)]))
@@ -242,7 +242,11 @@ def _ranks(options: argparse.Namespace, cfg: Config, folder: Path) -> Ranks:
     if not launched():
         return LocalRanks(cfg.layout.world, folder=folder / "ranks", timeout=options.timeout)
     t = cfg.train
-    return TheseRanks(join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads))
+    return TheseRanks(
+        join(
+            device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads, folder=cfg.run.folder
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -258,5 +262,5 @@ def _folder(options: argparse.Namespace, cfg: Config) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"{keep} cannot be written ({e.strerror}): name a folder that can by --keep") from e
     yield keep
-    if options.keep is None and int(os.environ["RANK"]) == 0:
+    if options.keep is None and rank_info().rank == 0:
         shutil.rmtree(keep, ignore_errors=True)

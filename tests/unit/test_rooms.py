@@ -6,14 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "moetrain"
 FLOORS = [
     {"config", "logical", "counter", "deferred", "rerun", "signals", "where"},
-    {"comm", "layouts", "mesh", "world"},
+    {"comm", "launchers", "layouts", "mesh", "world"},
     {"kernels", "moe"},
     {"model"},
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
     {"bad_steps"},
     {"job", "evaluate", "train", "run", "loop", "begin", "resume", "changes", "saving", "stop", "watchdog"}
     | {"origin", "recovery"},
-    {"verify", "memory", "report", "simulate"},
+    {"verify", "memory", "report", "simulate", "cluster"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other
