@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: one controller, several nodes that are daemons of their own, everything in one folder."""
+"""A real Slurm on this machine: a controller and several nodes, each a daemon of its own, all in one folder."""
 
 import contextlib
 import os
