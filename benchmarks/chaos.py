@@ -70,7 +70,7 @@ CAUSES = {
     "disk full": r"is not saved, and the run goes on: .*No space left",
     "cut": r"hang: rank|a hang: for|Connection|timed? ?out",
     "old writer": r"was taken over by life",
-    "straggler": r"is the slowest",
+    "straggler": r"is the slowest|stood still for",
     "cut, healed": r"",
     "kill agent": r"said nothing of its end",
 }

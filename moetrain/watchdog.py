@@ -26,6 +26,8 @@ HUNG = 6
 """Exit code of a process that its watchdog ends."""
 _LISTEN = 5.0
 """Seconds for the others to write where they are: they got stuck up to some looks apart."""
+_PAUSE = 1.0
+"""Seconds by which a look is late where the process, or its machine, stood still."""
 _UNWATCHED = "starting", "loading", "saving"
 """Parts that may take long and wait for disks; their collectives have limits of their own."""
 
@@ -44,8 +46,14 @@ class Watchdog:
         look = min(1.0, self.limit / 10)
         seen = time.monotonic()
         while not self._closed.wait(look):
+            still, seen = time.monotonic() - seen - look, time.monotonic()
+            if still > _PAUSE:
+                self.log.warning(
+                    f"rank {self.world.rank} stood still for {still:.1f} s, in {here.part} of step {here.step}: its "
+                    f"process was stopped, or its machine gave it no time"
+                )
             # a process that was stopped itself finds its own past: it waits for the next look
-            late, seen = time.monotonic() - seen > 3 * look + 1, time.monotonic()
+            late = still > _PAUSE + 2 * look
             if not late and here.part not in _UNWATCHED and seen - here.since > self.limit:
                 self._hung()
 

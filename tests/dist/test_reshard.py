@@ -63,15 +63,13 @@ def begins(rank: int, world: int, cfg: Config) -> list[list[float]]:
     return found + (goes_on(run, AFTER) if world == 1 else [])
 
 
-def loads(rank: int, world: int, cfg: Config, sources: list[Path]) -> list[tuple[list[str], list[list[float]]]]:
-    """What a report of each said was not restored, and the steps after it; saved again as it came."""
-    run, found = trainer(rank, world, cfg), []
-    for i, source in enumerate(sources):
-        report = run.load(Start(source, own=False))
-        tensors, meta = run.state()
-        checkpoint.save(cfg.run.folder / f"again-{i}", tensors, meta, group=run.world.host_group)
-        found.append(([*report.missing], goes_on(run, AFTER)))
-    return found
+def loads(rank: int, world: int, cfg: Config, source: Path) -> tuple[list[str], list[list[float]]]:
+    """What a report said was not restored, and the steps after it; saved again as it came."""
+    run = trainer(rank, world, cfg)
+    report = run.load(Start(source, own=False))
+    tensors, meta = run.state()
+    checkpoint.save(cfg.run.folder / source.parents[2].name, tensors, meta, group=run.world.host_group)
+    return [*report.missing], goes_on(run, AFTER)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +87,15 @@ def test_loads_under_any_layout_bit_for_bit_and_goes_on(ranks, small_corpus, tmp
             curves = ranks(LAYOUTS[source][0]).run(begins, cfg(small_corpus, folder, source))
             sources[source] = whole.newest(folder), curves[0]
     folder = tmp_path_factory.mktemp("loaded") / "run"
-    paths = [sources[a][0] for a in wanted]
-    said = ranks(LAYOUTS[name][0]).run(loads, cfg(small_corpus, folder, name), paths)
     straight = sources["one rank"][1]
-    for i, (source, (missing, curve)) in enumerate(zip(wanted, said[0], strict=True)):
-        a, b = whole.tensors(sources[source][0]), whole.tensors(folder / f"again-{i}")
+    for source in wanted:
+        path, before = sources[source]
+        missing, curve = ranks(LAYOUTS[name][0]).run(loads, cfg(small_corpus, folder, name), path)[0]
+        a, b = whole.tensors(path), whole.tensors(folder / path.parents[2].name)
         assert missing == []
         assert {n for n in a if not n.startswith("placement.")} == {n for n in b if not n.startswith("placement.")}
         assert [n for n in a if n in b and not torch.equal(a[n], b[n])] == [], source
-        close(sources[source][1], straight[: len(sources[source][1])])
+        close(before, straight[: len(before)])
         close(curve, straight[BEFORE:])
         print(f"{source} -> {name}: {len(a)} tensors bit for bit, {AFTER} steps as the unbroken run's")
 
