@@ -41,7 +41,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "PinnedCosts": "row hop expert hidden shared",
         "PipelineConfig": "schedule chunks stages",
         "RecomputeConfig": "mode parts layers loss_rows",
-        "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset",
+        "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset cache",
         "ShardingConfig": "dense experts accumulate",
         "TrainConfig": "validate_every validate_samples bigram exit_after deterministic device communication timeout "
         "threads",

@@ -50,6 +50,7 @@ class RunConfig:
     allow: list[str] = field(default_factory=list)  # keys of the config that may differ from what was trained so far
     allow_missing: list[str] = field(default_factory=list)  # tensors that the checkpoint need not have
     reset: list[str] = field(default_factory=list)  # of optim, data: begin anew, once where it is added to the config
+    cache: str | None = None  # what libraries compile; None = cache/ in the run's folder
 
     def __post_init__(self) -> None:
         if not self.name.strip("./") or ".." in Path(self.name).parts:
@@ -67,6 +68,10 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.dir).expanduser() / self.name
+
+    @property
+    def caches(self) -> Path:
+        return Path(self.cache).expanduser() if self.cache else self.folder / "cache"
 
 
 @config

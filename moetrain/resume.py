@@ -152,6 +152,13 @@ def preflight(cfg: Config, *, world: int, log) -> None:
     if start is not None:
         check_same_data(checkpoint.read_meta(start.folder), data, start)
     folder = cfg.run.folder
+    if cfg.run.cache:
+        try:
+            cfg.run.caches.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"run.cache={cfg.run.cache} cannot be made ({e.strerror}): set it to a folder you can write"
+            ) from e
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"

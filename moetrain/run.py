@@ -84,6 +84,7 @@ def _live(trainer: Trainer, life: Life, log: logging.Logger) -> None:
     last = cfg.train.steps
     if cfg.train.exit_after is not None:
         last = min(last, trainer.steps + cfg.train.exit_after)
+    saver.expect(trainer.state()[0], first=trainer.steps + 1, last=last)
     loop = Loop(trainer, saver, log)
     watchdog = Watchdog(world, cfg.run.folder, life=life.number, log=log)
     try:

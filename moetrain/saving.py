@@ -2,10 +2,13 @@
 
 stall     wait for the save before (one copy is held at a time), agree that the plan still fits, copy
 beside    write, sync, commit, prune: on a process group of its own
-failure   said on every rank, and the run goes on from what it has: the next save tries again
+failure   said on every rank, and the run goes on from what it has: the next save tries again; one for which the disk
+          has no room is not begun
 """
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import checkpoint, comm
+from moetrain.checkpoint import room
 from moetrain.checkpoint.writing import Plan, make_plan, write
 from moetrain.job import CheckpointConfig
 from moetrain.logical import Chunk, Logical
@@ -36,16 +40,34 @@ class Saver:
         self._copies: dict[tuple[str, int], Tensor] = {}
         self._under_way: tuple[Path, Future[float]] | None = None
 
+    def expect(self, tensors: dict[str, Logical], *, first: int, last: int) -> None:
+        """Before steps ``first`` to ``last``, collective: raises ``UserError`` where the disk has no room for their
+        checkpoints."""
+        plan = self._plan = make_plan(tensors, group=self.world.host_group)
+        every = self.cfg.every or last
+        saves = last // every - (first - 1) // every + (last % every > 0) if first <= last else 0
+        wire = checkpoint.Wire(self.world.host_group)
+        wire.decide(lambda: room.check(self.root, plan.shapes, keep=self.cfg.keep, saves=saves))
+
     def save(self, tensors: dict[str, Logical], meta: dict[str, Any], *, log: logging.Logger) -> None:
         """Begin to save step ``meta["step"]``, after the save before has ended."""
         since = time.perf_counter()
         self.finish(log)
         folder = checkpoint.step_folder(self.root, meta["step"])
-        other = torch.tensor([self._plan is None or not self._plan.fits(tensors)], dtype=torch.int32)
-        if comm.all_reduce_(other, group=self.world.host_group, op=dist.ReduceOp.MAX).item():
+        short = room.short(self.root, self._plan.shapes) if self._plan and self.world.main else None
+        said = [self._plan is None or not self._plan.fits(tensors), short is not None]
+        flags = comm.all_reduce_(
+            torch.tensor(said, dtype=torch.int32), group=self.world.host_group, op=dist.ReduceOp.MAX
+        )
+        other, no_room = flags.tolist()
+        if other:
             self._plan, self._copies = make_plan(tensors, group=self.world.host_group), {}
         assert self._plan is not None
         future: Future[float] = Future()
+        if no_room:
+            future.set_exception(short or OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, as rank 0 has found"))
+            self._under_way = folder, future
+            return
         job = partial(self._write, folder, self._plan, self._copy(tensors), meta)
         # a daemon: a process that ends for another reason does not wait for ranks that are gone
         Thread(target=_fulfil, args=(future, job), name="save", daemon=True).start()

@@ -12,7 +12,7 @@ written, where a whole save here takes a third of a second. What is left of it, 
 
 from moetrain.checkpoint.folders import DamagedError, committed, latest, marked, step_folder, step_of
 from moetrain.checkpoint.index import FORMAT_VERSION
-from moetrain.checkpoint.life import Life, SupersededError, last_word, prune, set_aside, take_over
+from moetrain.checkpoint.life import Life, SupersededError, ending, last_word, prune, set_aside, take_over
 from moetrain.checkpoint.reading import check_files, load, read, read_index, read_meta
 from moetrain.checkpoint.types import Report
 from moetrain.checkpoint.wire import Wire
@@ -30,6 +30,7 @@ __all__ = [
     "Wire",
     "check_files",
     "committed",
+    "ending",
     "last_word",
     "latest",
     "load",

@@ -97,13 +97,19 @@ class Life:
         )
 
 
+def ending(root: Path) -> tuple[int, Path]:
+    """The number of the newest life under ``root``, 0: none, and the file in which it says how it ended."""
+    number = max(_numbers(root), default=0) if root.is_dir() else 0
+    return number, Life(root, number).folder / _END
+
+
 def last_word(root: Path) -> str:
     """How the newest life under ``root`` ended, in words; none where there was none."""
-    number = max(_numbers(root), default=0) if root.is_dir() else 0
+    number, end = ending(root)
     if not number:
         return ""
     try:
-        return f"life {number} ended: {(Life(root, number).folder / _END).read_text().strip()}"
+        return f"life {number} ended: {end.read_text().strip()}"
     except OSError:
         return f"life {number} said nothing of its end: killed, hung, cut off or still there; it can save no more"
 

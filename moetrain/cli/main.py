@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from moetrain import __version__
+from moetrain import __version__, caches
 from moetrain.config import UserError, nearest
 
 COMMANDS = {
@@ -17,12 +17,13 @@ COMMANDS = {
     "inspect": "list what a checkpoint holds, and check that it is whole",
     "replay": "run a bad step again, and say where it first goes wrong",
     "report": "make a page of a run's loss, balance and drops",
+    "status": "say how far runs are, and what they took",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 something in the input to mend, those of a run in
-    docs/resume.md."""
+    docs/exit-codes.md."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"moetrain {__version__}")
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)} (there are: {', '.join(COMMANDS)})"
             )
-        return importlib.import_module(f"moetrain.cli.{argv[0].replace('-', '_')}").main(argv[1:])
+        with caches.unused():
+            command = importlib.import_module(f"moetrain.cli.{argv[0].replace('-', '_')}")
+        return command.main(argv[1:])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

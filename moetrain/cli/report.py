@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from moetrain import caches
 from moetrain import config as configs
 from moetrain.config import UserError, nearest
 from moetrain.job import Config
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     if len(folders) != 1:
         raise UserError(f"moetrain report takes one folder, not {len(folders)}: for example runs/quickstart")
     folder = Path(folders[0]).expanduser()
+    caches.keep_in(folder / "cache")
     if paths(folder):
         return _sweep(folder, options)
     found = history(folder, _layers(folder))

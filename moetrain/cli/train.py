@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from moetrain import caches
 from moetrain import config as configs
 from moetrain.cli.compose import HYDRA_FLAGS, SWEEP, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
         sweep = with_hydra(argv, _sweep_job)
         return _swept(sweep) if sweep else 0
     cfg = compose(argv)
+    caches.keep_in(cfg.run.caches)
     if launched():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with(os.getppid())
@@ -46,6 +48,7 @@ def _start(cfg: Config) -> int:
 
 def _sweep_job(cfg: Config) -> str:
     """One job of a sweep: why it failed, or nothing."""
+    caches.keep_in(cfg.run.caches)
     code = _start(cfg)
     return f"exit code {code}, see {cfg.run.folder / 'logs'}" if code else ""
 

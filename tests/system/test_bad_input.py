@@ -33,6 +33,7 @@ CASES = {
     "an unknown optimizer": ("optim.kind=moun", "expected one of [adamw, muon]"),
     "an unknown file of optimizer choices": ("optim=muno", "did you mean 'muon'?"),
     "an unknown dtype of optimizer state": ("optim.state_dtype=float16", "expected one of [float32, bfloat16]"),
+    "a cache that cannot be made": ("run.cache=/dev/null/cache", "run.cache=/dev/null/cache cannot be made (Not a"),
     "no Newton-Schulz step": ("optim=muon optim.muon.ns_steps=0", "optim.muon.ns_steps=0: has to be at least 1"),
     "a momentum that never fades": ("optim=muon optim.muon.momentum=1", "has to be at least 0 and below 1"),
     "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
