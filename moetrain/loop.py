@@ -15,6 +15,7 @@ from moetrain.evaluate import Score, bigram_score
 from moetrain.model.flops import flops_per_token
 from moetrain.recovery import Recovery
 from moetrain.saving import Saver
+from moetrain.steady import Garbage
 from moetrain.telemetry.alerts import Action, Alerts
 from moetrain.telemetry.follow import Follower, close
 from moetrain.telemetry.hardware import peak_flops
@@ -24,6 +25,7 @@ from moetrain.telemetry.load_picture import draw, heat_map
 from moetrain.telemetry.load_trace import LoadTrace
 from moetrain.telemetry.sinks import Bar, Series, followers
 from moetrain.telemetry.skew import Skew
+from moetrain.telemetry.trace import Trace
 from moetrain.train import StepResult, Trainer
 
 
@@ -50,6 +52,10 @@ class Loop:
         self.health = Health(cfg.health, layers=self.moe_layers, mesh=trainer.mesh) if healthy else None
         self.alerts = Alerts(cfg.health.alerts)
         self.recovery, self.skew = Recovery(trainer, log), Skew(trainer.world, warn=cfg.logging.straggler)
+        self.garbage = Garbage(cfg.train.gc_every)
+        self.profile = Trace(
+            cfg.trace, cfg.run.folder, rank=trainer.world.rank, at=trainer.steps, device=trainer.world.device, log=log
+        )
         self.stopped_by: str | None = None  # the alert that ends the run
         self.asked: str | None = None  # by whom, to end it
         self.last: StepResult | None = None
@@ -72,10 +78,12 @@ class Loop:
         before, step = trainer.consumed, trainer.steps + 1
         logged = due(step, self.cfg.logging.every) or step in (1, self.cfg.train.steps)
         where.at("forward", step=step)
-        result = trainer.step(
-            watch=logged and self.health is not None, replay=due(step, checks.replay_every),
-            norms=logged and self.cfg.logging.norms,
-        )  # fmt: skip
+        with self.profile.step(step):
+            result = trainer.step(
+                watch=logged and self.health is not None, replay=due(step, checks.replay_every),
+                norms=logged and self.cfg.logging.norms,
+            )  # fmt: skip
+        self.garbage.after(step)
         if due(step, checks.hash_every):
             trainer.check_copies()
         self.saver.poll(self.log)
@@ -245,6 +253,8 @@ class Loop:
 
     def close(self) -> None:
         self.bar.close()
+        self.profile.close()
+        self.garbage.close()
         self._close(failing=sys.exc_info()[0] is not None)
 
     def _close(self, *, failing: bool = False) -> None:

@@ -208,7 +208,7 @@ class Trainer:
         )  # fmt: skip
         return found / targets if isinstance(found, Tensor) else found
 
-    def _update(self, loss: Tensor, seen: Seen | None, *, norms: bool) -> StepResult:
+    def _update(self, loss: Tensor, seen: Seen | None, *, norms: bool = False) -> StepResult:
         where.at("update")
         grads = state.grads(self.model)
         state.sum_copies_(grads, self.plan)

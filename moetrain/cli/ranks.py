@@ -12,6 +12,7 @@ from moetrain.config import UserError
 from moetrain.job import Config, check
 from moetrain.resume import preflight
 from moetrain.run import FailedError, StoppedError, run
+from moetrain.steady import set_allocator
 from moetrain.train import CorruptionError
 from moetrain.watchdog import HUNG
 from moetrain.world import World, die_with, join, leave
@@ -34,6 +35,7 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
             check(cfg, world=size)  # on every rank, before any of them waits for another
             if rank == 0:
                 preflight(cfg, world=size, log=lambda line: print(line, flush=True))
+        set_allocator(t.allocator)
         world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
         code = _run(cfg, world)
     except UserError as e:

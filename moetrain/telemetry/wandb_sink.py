@@ -17,7 +17,7 @@ import yaml
 def open_sink(folder: Path, options: dict[str, Any]) -> "WandbSink":
     """``options``: mode, project, entity, name, timeout."""
     for place in ("CACHE", "DATA", "ARTIFACT"):  # else in the home folder
-        os.environ.setdefault(f"WANDB_{place}_DIR", str(folder / "wandb"))
+        os.environ.setdefault(f"WANDB_{place}_DIR", str(folder))
     mode, series = options["mode"], _series(folder)
     if mode == "online":
         try:
