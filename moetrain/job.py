@@ -97,7 +97,7 @@ class TrainConfig:
     timeout: float = 600.0  # seconds at one place that are a hang: who is where is said, and the ranks end
     threads: int | None = None  # per rank; None = cores / ranks of this node
     gc_every: int = 1000  # steps between collections of Python's garbage, the same on all ranks; 0 = when Python likes
-    allocator: str | None = "expandable_segments:True"  # PYTORCH_CUDA_ALLOC_CONF, unless it is set; None = torch's own
+    allocator: str | None = "expandable_segments:True"  # PYTORCH_ALLOC_CONF, unless it is set; None = torch's own
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "seq_len"):

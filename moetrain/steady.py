@@ -4,6 +4,8 @@ that grow."""
 import gc
 import os
 
+_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
 
 class Garbage:
     """Python's own collector stops a rank wherever its counters say, and all others wait for it. Here what is there
@@ -32,5 +34,5 @@ class Garbage:
 
 def set_allocator(settings: str | None) -> None:
     """Before anything is on a GPU: torch's settings of its allocator there, unless the user's environment has some."""
-    if settings and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings  # read with the first allocation
+    if settings and not _VARIABLES & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = settings  # read with the first allocation

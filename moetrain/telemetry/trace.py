@@ -79,9 +79,13 @@ class Trace:
             return
         done, self._profile = self._profile, None
         self.first, self.last = 0, -1
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the last step's kernels are part of it
-        done.stop()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the last step's kernels are part of it
+            done.stop()
+        except Exception as error:
+            self.log.warning(f"{self.path} is not written: {type(error).__name__}: {error}")
+            return
         self._writer = Thread(target=self._write, args=(done,), name="trace", daemon=True)
         self._writer.start()
 

@@ -51,18 +51,17 @@ def test_zero_leaves_it_to_python() -> None:
 
 
 def test_the_allocator_is_the_users_where_he_has_set_it(monkeypatch) -> None:
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environ = {"PATH": "/bin"}
+    monkeypatch.setattr(os, "environ", environ)
     set_allocator(None)
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    set_allocator("expandable_segments:True")
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    set_allocator("max_split_size_mb:64")
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "x")
-    set_allocator("expandable_segments:True")
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert environ.keys() == {"PATH"}
+    set_allocator(compose([]).train.allocator)
+    assert environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in names:
+        monkeypatch.setattr(os, "environ", before := {name: "max_split_size_mb:64"})
+        set_allocator("expandable_segments:True")
+        assert before == {name: "max_split_size_mb:64"}
 
 
 def test_the_words_of_a_step() -> None:
