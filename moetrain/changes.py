@@ -26,7 +26,8 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "AlertConfig": "metric above below action after",
         "BadStepsConfig": "rewinds replays",
         "CheckpointConfig": "every keep keep_every asynchronous",
-        "Config": "run layout pipeline sharding context recompute checkpoint bad_steps integrity logging health",
+        "Config": "run layout pipeline sharding context recompute checkpoint bad_steps integrity logging health "
+        "trace",
         "ContextConfig": "method",
         "DataConfig": "cache",
         "FSSDP": "reshard_every overlap calibrate",
@@ -35,7 +36,8 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "Hierarchical": "ranks_per_node",
         "Layout": "pp dp cp tp ep etp replicate",
         "IntegrityConfig": "replay_every hash_every",
-        "LoggingConfig": "every progress heat_map load_trace straggler",
+        "LoggingConfig": "every progress heat_map load_trace straggler norms tensorboard wandb wandb_project "
+        "wandb_entity wandb_name sink_timeout",
         "MoEConfig": "kernel placement",
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",
@@ -44,7 +46,8 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset cache",
         "ShardingConfig": "dense experts accumulate",
         "TrainConfig": "validate_every validate_samples bigram exit_after deterministic device communication timeout "
-        "threads",
+        "threads gc_every allocator",
+        "TraceConfig": "enabled steps ranks memory",
     },
     Tag.trajectory: {
         "BadStepsConfig": "skip loss_spike norm_spike window rewind_after",

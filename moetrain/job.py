@@ -21,6 +21,7 @@ from moetrain.parallel.recompute import RecomputeConfig
 from moetrain.parallel.schedules import PipelineConfig
 from moetrain.telemetry.health import HealthConfig
 from moetrain.telemetry.sinks import LoggingConfig
+from moetrain.telemetry.trace import TraceConfig
 from moetrain.world import Communication, Device
 
 
@@ -100,11 +101,15 @@ class TrainConfig:
     communication: Communication = Communication.auto
     timeout: float = 600.0  # seconds at one place that are a hang: who is where is said, and the ranks end
     threads: int | None = None  # per rank; None = cores / ranks of this node
+    gc_every: int = 1000  # steps between collections of Python's garbage, the same on all ranks; 0 = when Python likes
+    allocator: str | None = "expandable_segments:True"  # PYTORCH_ALLOC_CONF, unless it is set; None = torch's own
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "seq_len"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"train.{name}={value}: has to be at least 1")
+        if self.gc_every < 0:
+            raise UserError(f"train.gc_every={self.gc_every}: steps cannot be negative, 0 leaves it to Python")
 
 
 @config
@@ -141,6 +146,7 @@ class Config:
     integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
 
 
 def batch_at(cfg: TrainConfig, consumed: int) -> int:
@@ -160,6 +166,7 @@ def check(cfg: Config, *, world: int) -> Layout:
         dtype=cfg.train.dtype.torch,
     )  # fmt: skip
     parallelism.recompute.check(cfg.recompute, cfg.model)
+    cfg.trace.check(world)
     t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:
         moe.check()

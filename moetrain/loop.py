@@ -15,13 +15,17 @@ from moetrain.evaluate import Score, bigram_score
 from moetrain.model.flops import flops_per_token
 from moetrain.recovery import Recovery
 from moetrain.saving import Saver
+from moetrain.steady import Garbage
 from moetrain.telemetry.alerts import Action, Alerts
+from moetrain.telemetry.follow import Follower, close
 from moetrain.telemetry.hardware import peak_flops
 from moetrain.telemetry.health import Health, Reading
+from moetrain.telemetry.line import StepLine
 from moetrain.telemetry.load_picture import draw, heat_map
 from moetrain.telemetry.load_trace import LoadTrace
-from moetrain.telemetry.sinks import Bar, Series
+from moetrain.telemetry.sinks import Bar, Series, followers
 from moetrain.telemetry.skew import Skew
+from moetrain.telemetry.trace import Trace
 from moetrain.train import StepResult, Trainer
 
 
@@ -40,12 +44,18 @@ class Loop:
         self.terms = list(trainer.cfg.model.moe.terms) if trainer.cfg.model.moe_layers else []
         self.moe_layers = dict(zip(cfg.model.moe_layers, cfg.model.moe_configs, strict=True))
         self.metrics: Series | None = None
+        self.followers: list[Follower] = []
+        self.line = StepLine(total=cfg.train.steps)
         self.trace: LoadTrace | None = None
         self._open()
         healthy = bool(self.moe_layers) and cfg.health.enabled
         self.health = Health(cfg.health, layers=self.moe_layers, mesh=trainer.mesh) if healthy else None
         self.alerts = Alerts(cfg.health.alerts)
         self.recovery, self.skew = Recovery(trainer, log), Skew(trainer.world, warn=cfg.logging.straggler)
+        self.garbage = Garbage(cfg.train.gc_every)
+        self.profile = Trace(
+            cfg.trace, cfg.run.folder, rank=trainer.world.rank, at=trainer.steps, device=trainer.world.device, log=log
+        )
         self.stopped_by: str | None = None  # the alert that ends the run
         self.asked: str | None = None  # by whom, to end it
         self.last: StepResult | None = None
@@ -54,11 +64,10 @@ class Loop:
     def _open(self) -> None:
         """The files of numbers, as far as the trainer's step."""
         cfg, at = self.cfg, self.trainer.steps
-        for series in (self.metrics, self.trace):
-            if series:
-                series.close()
+        self._close()
         if self.main:
             self.metrics = Series(cfg.run.folder / "metrics.jsonl", resume_at=at)
+            self.followers = followers(cfg.logging, cfg.run.folder, name=cfg.run.name, log=self.log)
         if self.main and cfg.logging.load_trace and self.moe_layers:
             tokens = cfg.train.batch * cfg.train.seq_len
             self.trace = LoadTrace(cfg.run.folder, self.moe_layers, tokens=tokens, resume_at=at)
@@ -69,7 +78,12 @@ class Loop:
         before, step = trainer.consumed, trainer.steps + 1
         logged = due(step, self.cfg.logging.every) or step in (1, self.cfg.train.steps)
         where.at("forward", step=step)
-        result = trainer.step(watch=logged and self.health is not None, replay=due(step, checks.replay_every))
+        with self.profile.step(step):
+            result = trainer.step(
+                watch=logged and self.health is not None, replay=due(step, checks.replay_every),
+                norms=logged and self.cfg.logging.norms,
+            )  # fmt: skip
+        self.garbage.after(step)
         if due(step, checks.hash_every):
             trainer.check_copies()
         self.saver.poll(self.log)
@@ -98,7 +112,7 @@ class Loop:
         if not self.pending:
             return
         seconds = time.perf_counter() - self.since
-        summed, norms, bad, reading = self._fetch([result for _, result in self.pending], health, seconds)
+        summed, norms, bad, more, reading = self._fetch([result for _, result in self.pending], health, seconds)
         records = []
         for (record, _), (loss, dropped, *balance), norm in zip(self.pending, summed, norms, strict=True):
             layer_tokens = record["tokens"] * len(self.cfg.model.moe_layers)
@@ -111,6 +125,8 @@ class Loop:
         }
         if self.peak:
             records[-1]["mfu"] = rate * self.flops / self.trainer.world.size / self.peak
+        if more:
+            records[-1] |= {"param_norm": math.sqrt(more[0]), "zero_grads": int(more[1])}
         if reading:
             records[-1]["health"] = reading.record()
         if mover := self.trainer.mover:
@@ -120,7 +136,7 @@ class Loop:
                 records[-1]["calibration"] = {"host_syncs": done.syncs, "ms": ms, "accepted": done.accepted}
                 mover.calibrations = type(done)()
         last = records[-1]
-        words = f"loss {last['loss']:.4f}"
+        words = self.line.words(records, reading)
         self._check_finite(records, bad, reading)
         for record, skipped in zip(records, bad, strict=True):
             if skipped:  # what is not finite is no JSON
@@ -132,11 +148,7 @@ class Loop:
             self.metrics.write(records)
         if self.trace:
             self.trace.write([r["step"] for r in records], [result.load_LE for _, result in self.pending])
-        mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
-        words += f", {rate:,.0f} tokens/s{mfu}"
-        self.log.info(
-            f"step {last['step']}/{self.cfg.train.steps}: {words}, grad norm {norms[-1]:.3f}, lr {last['lr']:.2e}"
-        )
+        self.log.info(f"step {last['step']}/{self.cfg.train.steps}: {words}")
         self.bar.update(last["step"], words)
         if reading:
             self._alert(last["step"], reading)
@@ -147,29 +159,31 @@ class Loop:
 
     def _fetch(
         self, results: list[StepResult], health: Health | None, seconds: float
-    ) -> tuple[list[list[float]], list[float], list[bool], Reading | None]:
+    ) -> tuple[list[list[float]], list[float], list[bool], list[float], Reading | None]:
         """Each step's (loss, dropped, balance losses) summed over ranks, norm, and whether it was a bad one; the last
-        step's health; to ``skew``, of all that took so many seconds, what ranks waited for each other."""
+        step's sums for ``logging.norms`` and health; to ``skew``, of all that took so many seconds, what ranks waited
+        for each other."""
         columns = [torch.stack([r.loss.double() for r in results])[:, None]]
         columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
         columns += [torch.stack([r.balance_J.double() for r in results])]
         summed = torch.cat(columns, dim=1)
         parts = [summed.flatten(), self.skew.part(seconds, steps=len(results), like=summed)]
-        parts += [health.part(self.trainer.model.moe_layers())] if health else []
+        parts += [summed.new_zeros(0) if (more := results[-1].norms) is None else more]
+        parts += [health.part(self.trainer.model.moe_layers()) if health else summed.new_zeros(0)]
         flat = comm.all_reduce_(torch.cat(parts), group=self.trainer.all_ranks)
-        of_all, skew, of_health = flat.split([len(parts[0]), len(parts[1]), len(flat) - len(parts[0]) - len(parts[1])])
+        of_all, skew, more, of_health = flat.split([len(part) for part in parts])
         bad = [r.verdict.bad.double() if r.verdict else torch.zeros_like(r.norm, dtype=torch.double) for r in results]
-        told = [of_all, skew, torch.stack([r.norm.double() for r in results]), torch.stack(bad)]
+        told = [of_all, skew, torch.stack([r.norm.double() for r in results]), torch.stack(bad), more]
         if health:
             told.append(health.brief(of_health, results[-1].load_LE).flatten())
         numbers = iter(torch.cat(told).tolist())
-        rows, own, norms, skipped, rest = (
+        rows, own, norms, skipped, sums, rest = (
             [next(numbers) for _ in range(len(x))] for x in [*told, *[[]] * (not health)]
         )
         self.skew.read(own)
         tokens = self.pending[-1][0]["tokens"]
         found = health.read(_rows(rest, health.columns), tokens=tokens) if health else None
-        return _rows(rows, summed.shape[1]), norms, [x > 0 for x in skipped], found
+        return _rows(rows, summed.shape[1]), norms, [x > 0 for x in skipped], sums, found
 
     def _check_finite(self, records: list[dict[str, Any]], bad: list[bool], reading: Reading | None) -> None:
         """The first step with a loss or norm that is not finite ends the run, unless it was skipped; so do such logits
@@ -239,9 +253,17 @@ class Loop:
 
     def close(self) -> None:
         self.bar.close()
+        self.profile.close()
+        self.garbage.close()
+        self._close(failing=sys.exc_info()[0] is not None)
+
+    def _close(self, *, failing: bool = False) -> None:
         for series in (self.metrics, self.trace):
             if series:
                 series.close()
+        self.metrics = self.trace = None
+        close(self.followers, patient=not failing)
+        self.followers = []
 
     def _by_layer(self, x_LE: Tensor) -> list[tuple[int, list]]:
         """Of each MoE layer its number and the numbers of its experts, on the host."""

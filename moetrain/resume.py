@@ -17,6 +17,7 @@ from moetrain.model.transformer import Transformer
 from moetrain.optim import check_saved
 from moetrain.parallel import state
 from moetrain.parallel.plan import whole
+from moetrain.telemetry.sinks import check_sinks
 
 _SAMPLES = ("data", "seed", "train.seq_len")
 """What decides which samples there are: where a change of it is allowed, other data is too."""
@@ -147,6 +148,7 @@ def pass_over(
 def preflight(cfg: Config, *, world: int, log) -> None:
     """Everything that can be refused before a rank starts. Writes nothing but the run folder and the data cache."""
     check(cfg, world=world)
+    check_sinks(cfg.logging)
     start = first(cfg, None, log=log)
     data = open_data(cfg, log=log)
     if start is not None:

@@ -5,17 +5,15 @@ import time
 import traceback
 from contextlib import nullcontext
 
-import torch
-
-from moetrain import __version__, comm, kernels, where
+from moetrain import comm, where
 from moetrain import config as configs
+from moetrain import out_of_memory as memory
 from moetrain.begin import begin
 from moetrain.checkpoint import Life
 from moetrain.config import UserError
+from moetrain.first_lines import describe
 from moetrain.job import Config, checkpoints, open_data
 from moetrain.loop import Loop, due
-from moetrain.model.flops import size
-from moetrain.model.transformer import ModelConfig
 from moetrain.saving import Saver
 from moetrain.stop import Stop, Why
 from moetrain.telemetry.sinks import close_log, open_log
@@ -55,9 +53,11 @@ def run(cfg: Config, world: World) -> None:
     except Exception as e:
         _to_file(log, traceback.format_exc())
         path = folder / "logs" / f"rank-{world.rank}.log"
-        raise FailedError(
-            f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]} (traceback in {path})"
-        ) from e
+        told = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]} (traceback in {path})"
+        if memory.ran_out(e):
+            told += f"; {memory.hint(cfg, world)}"
+            _to_file(log, told)
+        raise FailedError(told) from e
     finally:
         close_log(log)
 
@@ -119,44 +119,3 @@ def _live(trainer: Trainer, life: Life, log: logging.Logger) -> None:
         watchdog.close()
         stop.close()
         loop.close()
-
-
-def _layers(cfg: ModelConfig) -> str:
-    """The MoE layers in words: how many of which numbers."""
-    moes = cfg.moe_configs
-    if not moes:
-        return "no MoE layer"
-    experts, top_k = _span([moe.num_experts for moe in moes]), _span([moe.router.top_k for moe in moes])
-    early, extra = cfg.moe.per_layer, cfg.moe.zero_computation
-    more = f" ({extra} more, of zero computation)" if str(extra) else ""
-    first = f" (before step {early.early_steps}: {early.early_top_k} in the first)" if early.early_steps else ""
-    return f"{len(moes)} MoE layers of {experts} experts{more}, top-{top_k}{first}"
-
-
-def _span(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def describe(trainer: Trainer) -> list[str]:
-    """What is about to run, in a few lines."""
-    cfg, world = trainer.cfg, trainer.world
-    moe = cfg.model.moe
-    _, why = kernels.choose(
-        moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=-(-moe.hidden // trainer.mesh.layout.etp)
-    )
-    ranks = f"{world.size} rank(s) on {world.device.type}" + (f" over {world.backend}" if world.backend else "")
-    lines = [
-        f"moetrain {__version__}, torch {torch.__version__}, {ranks}, layout {trainer.mesh.layout}",
-        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}",
-    ]
-    if trainer.pipeline:
-        sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)
-        lines.append(f"pipeline {cfg.pipeline.schedule}: {len(trainer.pipeline.stages)} stages of {sizes} layers")
-    lines += [found.words for found in moe.depends_on_layout if cfg.model.moe_layers]
-    for name, corpus in trainer.data.corpora.items():
-        lines.append(
-            f"corpus {name}: {len(corpus.train):,} training tokens, {len(corpus.valid):,} held out, "
-            f"fingerprint {corpus.fingerprint[:16]}"
-        )
-    return lines

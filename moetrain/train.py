@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moetrain import __version__, checkpoint, comm, origin, where
 from moetrain import config as configs
+from moetrain import norms as norms_of
 from moetrain.bad_steps import Judge, Verdict
 from moetrain.data.skipping import Skipping
 from moetrain.evaluate import Rows, Score, evaluate, summed_loss
@@ -42,6 +43,7 @@ class StepResult:
     dropped: Tensor  #   () int64 assignments dropped on this rank
     balance_J: Tensor  # (J,) this rank's unscaled balance losses, summed over layers
     verdict: Verdict | None = None  # whether it was a bad step; None: nobody judges
+    norms: Tensor | None = None  # (2,) this rank's part of what ``norms.py`` says; None: nobody asked
 
 
 @dataclass
@@ -92,11 +94,14 @@ class Trainer:
         self.changes: list[dict[str, Any]] = []  # of the config, since the run began
         self.life: checkpoint.Life | None = None  # the right to save where others may want to
 
-    def step(self, *, seen: Seen | None = None, watch: bool = False, replay: bool = False) -> StepResult:
+    def step(
+        self, *, seen: Seen | None = None, watch: bool = False, replay: bool = False, norms: bool = False
+    ) -> StepResult:
         """One optimizer step. Losses are token sums divided once, here, by global counts; nobody averages again.
 
         ``watch``: the MoE layers note what router health is made of (``telemetry/health.py``), until the next step.
-        ``replay``: forward and backward run twice; raises ``CorruptionError`` where the bits differ.
+        ``replay``: forward and backward run twice; raises ``CorruptionError`` where the bits differ. ``norms``: the
+        result has its part of them.
         """
         if self.mover:
             self.mover.begin_step(self.steps, self.optimizer)
@@ -108,9 +113,9 @@ class Trainer:
                     f"step {self.steps + 1}, run twice, has not the same bits: first in {'; '.join(found)}: a fault of "
                     f"that machine's memory or processor"
                 )
-            result = self._update(loss, seen)
         else:
-            result = self._update(run(), seen)
+            loss = run()
+        result = self._update(loss, seen, norms=norms)
         self.consumed += batch_at(self.cfg.train, self.consumed)
         self.steps += 1
         return result
@@ -203,7 +208,7 @@ class Trainer:
         )  # fmt: skip
         return found / targets if isinstance(found, Tensor) else found
 
-    def _update(self, loss: Tensor, seen: Seen | None) -> StepResult:
+    def _update(self, loss: Tensor, seen: Seen | None, *, norms: bool = False) -> StepResult:
         where.at("update")
         grads = state.grads(self.model)
         state.sum_copies_(grads, self.plan)
@@ -212,6 +217,7 @@ class Trainer:
         optim = self.cfg.optim
         counted = [g for n, g in grads.items() if self.plan[n].counted and not optim.frozen(n)]
         norm, total = norm_and_sum(counted, loss, group=self.all_ranks)
+        part = norms_of.part(self.model, self.plan, grads, optim=optim) if norms else None
         verdict = self.judge(total, norm) if self.judge else None
         skip = verdict.bad if verdict else None
         lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
@@ -230,7 +236,7 @@ class Trainer:
             self.mover.end_step(load_LE, self.steps)
         dropped = sum((x.dropped_ME.sum() for x in layers), torch.zeros_like(load_LE.sum()))
         balance_J = sum((x.losses_MJ.sum(0) for x in layers), loss.new_zeros(len(moe.terms) if every else 0))
-        return StepResult(loss, norm, load_LE, dropped, balance_J, verdict)
+        return StepResult(loss, norm, load_LE, dropped, balance_J, verdict, part)
 
     def check_copies(self) -> None:
         """Collective; raises ``CorruptionError`` where ranks that hold the same tensor do not."""

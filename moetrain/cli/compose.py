@@ -80,14 +80,14 @@ def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
     """(what Hydra understands, (corpus, key, value) of ``data.corpora.NAME.key=value``).
 
     Hydra cannot add a typed node to a mapping, so corpora are added here. ``+experiment=x`` is ``experiment=x``, and
-    ``+sweep=x`` is ``sweep=x``.
+    ``+sweep=x`` is ``sweep=x``; Hydra takes no ``true`` for the name of a file: ``trace=true`` is ``trace=on``.
     """
     rest, corpora = [], []
     for word in argv:
         if found := re.fullmatch(r"\+*data\.corpora\.([\w-]+)\.(\w+)=(.*)", word, re.S):
             corpora.append(found.groups())
         else:
-            rest.append(re.sub(r"^\+((?:experiment|sweep)=)", r"\1", word))
+            rest.append(re.sub(r"^\+((?:experiment|sweep)=)", r"\1", "trace=on" if word == "trace=true" else word))
     return rest, corpora
 
 

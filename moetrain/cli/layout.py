@@ -19,8 +19,8 @@ from moetrain.layouts import (
     count_legal,
     divisors,
     folds,
+    groups,
     legal,
-    slices,
     views,
 )
 
@@ -176,30 +176,12 @@ def _row(layout: Layout, shape: ModelShape, rank: int) -> tuple[str, ...]:
 
 
 def _group_rows(layout: Layout, node: int) -> Iterator[tuple[str, ...]]:
-    kinds = {
-        "tp": ("dense", "tp"),
-        "cp": ("dense", "cp"),
-        "dp": ("dense", "dp"),
-        "sequence = cp*tp": ("dense", "cp", "tp"),
-        "dp*cp storage": ("fsdp", "shard"),
-        "ep*etp": ("moe", "ep", "etp"),
-        "ep": ("moe", "ep"),
-        "etp": ("moe", "etp"),
-        "edp": ("moe", "edp"),
-        "pp": ("dense", "pp"),
-    }
-    if layout.replicate > 1:
-        kinds = {name.replace("dp*cp", f"dp*cp/{layout.replicate}"): of for name, of in kinds.items()}
-        kinds["replicate"] = ("fsdp", "replicate")
-    for name, (view, *axes) in kinds.items():
-        groups = slices(views(layout)[view], tuple(axes))
-        size = len(groups[0])
-        if size == 1:
-            yield name, "1", "-", "-", "-"
+    for g in groups(layout, node):
+        if g.size == 1:
+            yield g.name, "1", "-", "-", "-"
             continue
-        across = sum(ranks[0] // node != ranks[-1] // node for ranks in groups)
-        how_many = "none" if not across else "all" if across == len(groups) else f"{across} of {len(groups)}"
-        yield name, str(size), str(groups[0][1] - groups[0][0]), str(len(groups)), how_many
+        how_many = "none" if not g.across else "all" if g.across == g.count else f"{g.across} of {g.count}"
+        yield g.name, str(g.size), str(g.stride), str(g.count), how_many
 
 
 def _table(rows: _Cells) -> list[str]:

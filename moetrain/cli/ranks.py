@@ -13,6 +13,7 @@ from moetrain.job import Config, check
 from moetrain.launchers import call_off, rank_info
 from moetrain.resume import preflight
 from moetrain.run import FailedError, StoppedError, run
+from moetrain.steady import set_allocator
 from moetrain.train import CorruptionError
 from moetrain.watchdog import HUNG
 from moetrain.world import World, die_with, join, leave
@@ -41,6 +42,7 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
                 except UserError:
                     call_off(cfg.run.folder)
                     raise
+        set_allocator(t.allocator)
         world = join(
             device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads, folder=cfg.run.folder
         )

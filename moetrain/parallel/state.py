@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from moetrain import comm
 from moetrain.logical import Chunk, Logical
 from moetrain.model.transformer import Transformer
-from moetrain.parallel.plan import Plan
+from moetrain.parallel.plan import Held, Plan
 
 
 def parameters(model: Transformer, plan: Plan) -> dict[str, Logical]:
@@ -28,10 +28,7 @@ def describe(model: Transformer, plan: Plan, name: str, box: Tensor) -> Logical:
     held, offsets = plan[name], list(_offsets(model.get_parameter(name)))
     first = offsets[0]
     offsets[held.dim] += held.start
-    room = [max(0, min(n, whole - at)) for n, whole, at in zip(box.shape, held.shape, offsets, strict=True)]
-    if held.ids is not None:
-        room[0] = box.shape[0]
-    box = box[tuple(slice(n) for n in room)]
+    box = _without_padding(held, offsets, box)
     if not box.numel():
         return Logical(held.shape, box.dtype, ())
     if held.ids is None:
@@ -39,6 +36,20 @@ def describe(model: Transformer, plan: Plan, name: str, box: Tensor) -> Logical:
     mine = held.ids[first : first + box.shape[0]]
     chunks = tuple(Chunk((e, *offsets[1:]), box[i : i + 1]) for i, e in enumerate(mine))
     return Logical(held.shape, box.dtype, chunks)
+
+
+def unpadded(model: Transformer, plan: Plan, name: str, box: Tensor) -> Tensor:
+    """``box``, which lies where the local shard of parameter ``name`` lies, without this layout's padding."""
+    held, offsets = plan[name], list(_offsets(model.get_parameter(name)))
+    offsets[held.dim] += held.start
+    return _without_padding(held, offsets, box)
+
+
+def _without_padding(held: Held, offsets: list[int], box: Tensor) -> Tensor:
+    room = [max(0, min(n, whole - at)) for n, whole, at in zip(box.shape, held.shape, offsets, strict=True)]
+    if held.ids is not None:
+        room[0] = box.shape[0]
+    return box[tuple(slice(n) for n in room)]
 
 
 def local(p: Tensor) -> Tensor:

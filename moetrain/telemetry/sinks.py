@@ -1,22 +1,41 @@
-"""Where a run's words and numbers go: console on rank 0, a log file on every rank, ``metrics.jsonl`` always."""
+"""Where a run's words and numbers go: console on rank 0, a log file on every rank, ``metrics.jsonl`` always.
+
+What shows them elsewhere follows that file (``follow.py``).
+"""
 
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
+import netrc
 import os
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
-from moetrain.config import config
+from moetrain.config import UserError, config
+from moetrain.telemetry.follow import Follower
+from moetrain.telemetry.redact import looks_like_key
 
 _KEPT = 100_000
 """Lines that wait for room on a disk, at the most."""
+
+
+class Wandb(Enum):
+    off = "off"
+    offline = "offline"  # files in the run folder, for `wandb sync`
+    online = "online"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Wandb | None":
+        return cls.off if value is False else None  # which is what YAML makes of a bare off
 
 
 @config
@@ -26,6 +45,61 @@ class LoggingConfig:
     heat_map: bool = True  # at the end a picture of layers x experts, likewise
     straggler: float = 1.5  # times the median rank's time outside of collectives: a warning; 0 = none
     load_trace: bool = False  # the load of every expert in every step, to loads.jsonl
+    norms: bool = False  # at logging steps the norm of all parameters, and how many gradients are exactly zero
+    tensorboard: bool = False  # event files in the run folder; the extra tensorboard
+    wandb: Wandb = Wandb.off  # Weights & Biases; the extra wandb
+    wandb_project: str = "moetrain"
+    wandb_entity: str | None = None  # None = the key's own
+    wandb_name: str | None = None  # None = run.name
+    sink_timeout: float = 30.0  # seconds that W&B's server has to answer, and a sink to finish at the end
+
+    def __post_init__(self) -> None:
+        for name in ("wandb_project", "wandb_entity", "wandb_name"):
+            if looks_like_key(getattr(self, name) or ""):
+                raise UserError(
+                    f"logging.{name} looks like an API key, which has no place in a config: take it out, and set "
+                    f"WANDB_API_KEY in the environment or run `wandb login`"
+                )
+        if not self.sink_timeout > 0:
+            raise UserError(f"logging.sink_timeout={self.sink_timeout}: seconds have to be above 0, 30 is usual")
+
+
+def check_sinks(cfg: LoggingConfig) -> None:
+    """Raises ``UserError`` where a sink that is asked for cannot be there."""
+    wanted = {"wandb": ("wandb", cfg.wandb is not Wandb.off), "tensorboard": ("tensorboardX", cfg.tensorboard)}
+    for sink, (library, on) in wanted.items():
+        if on and importlib.util.find_spec(library) is None:
+            value = cfg.wandb.value if sink == "wandb" else "true"
+            raise UserError(
+                f"logging.{sink}={value} needs {library}, which is not installed: pip install 'moetrain[{sink}]', or "
+                f"leave it out (metrics.jsonl is always written)"
+            )
+    if cfg.wandb is Wandb.online and not _has_key():
+        raise UserError(
+            "logging.wandb=online finds no API key: set WANDB_API_KEY in the environment or run `wandb login`, or use "
+            "logging.wandb=offline"
+        )
+
+
+def _has_key() -> bool:
+    """Where wandb looks for one; a key in ~/.netrc is of whichever host."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].split("/")[0].split(":")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def followers(cfg: LoggingConfig, folder: Path, *, name: str, log: logging.Logger) -> list[Follower]:
+    """Of ``metrics.jsonl``, which is there: those that are asked for."""
+    options: dict[str, Any] = {"timeout": cfg.sink_timeout}
+    found = [Follower("tensorboard", folder, options, log=log)] if cfg.tensorboard else []
+    if cfg.wandb is not Wandb.off:
+        words = {"project": cfg.wandb_project, "entity": cfg.wandb_entity, "name": cfg.wandb_name or name}
+        found.append(Follower("wandb", folder, options | {"mode": cfg.wandb.value} | words, log=log))
+    return found
 
 
 def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:
@@ -63,10 +137,9 @@ class Bar:
 
     def __init__(self, *, total: int, done: int, shown: bool) -> None:
         shown = shown and sys.stdout.isatty()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        bar = Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[words]}"), console=Console(), transient=True
-        )
+        words = TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"), words)
+        bar = Progress(*columns, console=Console(), transient=True)
         self._bar = bar if shown else None
         self._task = bar.add_task("training", total=total, completed=done, words="")
         if self._bar:

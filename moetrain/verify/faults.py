@@ -103,11 +103,11 @@ _SHARDED = _if("dp*cp > 1", lambda cfg, n: n.dp * n.cp > 1)
 def experts_over_dense_ranks() -> Swaps:
     update = train.Trainer._update
 
-    def wrong(self, loss, seen):
+    def wrong(self, loss, seen, **more):
         for name, p in self.model.named_parameters():
             if ".experts." in name and p.grad is not None:
                 comm.all_reduce_(state.local(p.grad), group=self.mesh.group("dense", "dp", "cp"))
-        return update(self, loss, seen)
+        return update(self, loss, seen, **more)
 
     return [(train.Trainer, "_update", wrong)]
 
@@ -323,11 +323,11 @@ def capacity_per_rank() -> Swaps:
 def norm_of_a_stage() -> Swaps:
     right = train.Trainer._update
 
-    def wrong(self, loss, seen):
+    def wrong(self, loss, seen, **more):
         stage, both = self.mesh.group("moe", "edp", "ep", "etp"), train.norm_and_sum
         train.norm_and_sum = lambda grads, x, *, group: both(grads, x, group=stage)
         try:
-            return right(self, loss, seen)
+            return right(self, loss, seen, **more)
         finally:
             train.norm_and_sum = both
 

@@ -12,14 +12,14 @@ FLOORS = [
     {"parallel", "data", "optim", "checkpoint", "telemetry"},
     {"bad_steps"},
     {"job", "evaluate", "train", "run", "loop", "begin", "resume", "changes", "saving", "stop", "watchdog"}
-    | {"origin", "recovery"},
+    | {"origin", "recovery", "first_lines", "norms", "out_of_memory", "steady"},
     {"verify", "memory", "report", "simulate", "cluster"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other
 OPTIONAL = {
     "wandb",
-    "tensorboard",
+    "tensorboardX",
     "pynvml",
     "transformer_engine",
     "megatron",
