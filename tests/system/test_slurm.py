@@ -140,7 +140,7 @@ def test_srun_alone_is_enough(cluster, small_corpus, tmp_path, straight) -> None
     cluster.run("srun", "-N2", "--ntasks-per-node=2", *COMMAND, *argv, timeout=200)
     assert losses(tmp_path / "run") == losses(straight)[:3]
     wrong = cluster.run("srun", "-N1", "--ntasks-per-node=3", *COMMAND, *argv, check=False, timeout=200)
-    assert "layout pp=1 dp=4" in wrong
+    assert "does not equal the 3 ranks there are: start 4 ranks" in wrong
     assert "Traceback" not in wrong
     dealt = cluster.run(
         "srun", "-N2", "-n4", "--distribution=cyclic", *COMMAND, *argv, check=False, timeout=200
@@ -168,7 +168,7 @@ def test_what_slurm_refuses_is_one_line(cluster, small_corpus, tmp_path) -> None
     argv = job(small_corpus, tmp_path / "run")
     for setting, said in {
         "cluster.partition=gpuu": "invalid partition specified: gpuu (cluster.partition=gpuu; there are: main, urgent)",
-        "cluster.nodes=5": "layout pp=1 dp=4",
+        "cluster.nodes=5": "does not equal the 10 ranks there are",
         "cluster.ranks_per_node=400": "fill no nodes of cluster.ranks_per_node=400",
         "cluster.cpus_per_rank=900": "lower cluster.nodes, .ranks_per_node, .cpus_per_rank or .memory",
     }.items():
