@@ -35,7 +35,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "Hierarchical": "ranks_per_node",
         "Layout": "pp dp cp tp ep etp replicate",
         "IntegrityConfig": "replay_every hash_every",
-        "LoggingConfig": "every progress heat_map load_trace straggler",
+        "LoggingConfig": "every progress heat_map load_trace straggler nvml_every",
         "MoEConfig": "kernel placement",
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",

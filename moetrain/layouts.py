@@ -104,6 +104,26 @@ def slices(view: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]
     return [tuple(ranks) for ranks in groups.values()]
 
 
+def kinds(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Name -> (view, axes) of every kind of group that ranks communicate in."""
+    found = {
+        "tp": ("dense", "tp"),
+        "cp": ("dense", "cp"),
+        "dp": ("dense", "dp"),
+        "sequence = cp*tp": ("dense", "cp", "tp"),
+        "dp*cp storage": ("fsdp", "shard"),
+        "ep*etp": ("moe", "ep", "etp"),
+        "ep": ("moe", "ep"),
+        "etp": ("moe", "etp"),
+        "edp": ("moe", "edp"),
+        "pp": ("dense", "pp"),
+    }
+    if layout.replicate > 1:
+        found = {name.replace("dp*cp", f"dp*cp/{layout.replicate}"): of for name, of in found.items()}
+        found["replicate"] = ("fsdp", "replicate")
+    return found
+
+
 def coordinates(view: dict[str, int], rank: int) -> dict[str, int]:
     """Where a rank stands on each axis of a view."""
     found = {}

@@ -20,6 +20,7 @@ from moetrain.telemetry.hardware import peak_flops
 from moetrain.telemetry.health import Health, Reading
 from moetrain.telemetry.load_picture import draw, heat_map
 from moetrain.telemetry.load_trace import LoadTrace
+from moetrain.telemetry.nvml_sampler import NvmlSampler
 from moetrain.telemetry.sinks import Bar, Series
 from moetrain.telemetry.skew import Skew
 from moetrain.train import StepResult, Trainer
@@ -46,6 +47,7 @@ class Loop:
         self.health = Health(cfg.health, layers=self.moe_layers, mesh=trainer.mesh) if healthy else None
         self.alerts = Alerts(cfg.health.alerts)
         self.recovery, self.skew = Recovery(trainer, log), Skew(trainer.world, warn=cfg.logging.straggler)
+        self.nvml = NvmlSampler(trainer.world, every=cfg.logging.nvml_every, log=log)
         self.stopped_by: str | None = None  # the alert that ends the run
         self.asked: str | None = None  # by whom, to end it
         self.last: StepResult | None = None
@@ -128,6 +130,7 @@ class Loop:
                 record.update({"skipped": True}, **dict.fromkeys(odd))
         if slow := self.skew.record:
             last["slowest"] = slow
+        last |= self.nvml.record(tokens=self.tokens)
         if self.metrics:
             self.metrics.write(records)
         if self.trace:
@@ -154,19 +157,20 @@ class Loop:
         columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
         columns += [torch.stack([r.balance_J.double() for r in results])]
         summed = torch.cat(columns, dim=1)
-        parts = [summed.flatten(), self.skew.part(seconds, steps=len(results), like=summed)]
+        parts = [summed.flatten(), self.skew.part(seconds, steps=len(results), like=summed), self.nvml.part(summed)]
         parts += [health.part(self.trainer.model.moe_layers())] if health else []
         flat = comm.all_reduce_(torch.cat(parts), group=self.trainer.all_ranks)
-        of_all, skew, of_health = flat.split([len(parts[0]), len(parts[1]), len(flat) - len(parts[0]) - len(parts[1])])
+        of_all, skew, energy, *of_health = flat.split([len(part) for part in parts])
         bad = [r.verdict.bad.double() if r.verdict else torch.zeros_like(r.norm, dtype=torch.double) for r in results]
-        told = [of_all, skew, torch.stack([r.norm.double() for r in results]), torch.stack(bad)]
+        told = [of_all, skew, energy, torch.stack([r.norm.double() for r in results]), torch.stack(bad)]
         if health:
-            told.append(health.brief(of_health, results[-1].load_LE).flatten())
+            told.append(health.brief(of_health[0], results[-1].load_LE).flatten())
         numbers = iter(torch.cat(told).tolist())
-        rows, own, norms, skipped, rest = (
+        rows, own, joules, norms, skipped, rest = (
             [next(numbers) for _ in range(len(x))] for x in [*told, *[[]] * (not health)]
         )
         self.skew.read(own)
+        self.nvml.read(joules)
         tokens = self.pending[-1][0]["tokens"]
         found = health.read(_rows(rest, health.columns), tokens=tokens) if health else None
         return _rows(rows, summed.shape[1]), norms, [x > 0 for x in skipped], found
@@ -239,6 +243,7 @@ class Loop:
 
     def close(self) -> None:
         self.bar.close()
+        self.nvml.close()
         for series in (self.metrics, self.trace):
             if series:
                 series.close()

@@ -19,6 +19,7 @@ from moetrain.layouts import (
     count_legal,
     divisors,
     folds,
+    kinds,
     legal,
     slices,
     views,
@@ -176,22 +177,7 @@ def _row(layout: Layout, shape: ModelShape, rank: int) -> tuple[str, ...]:
 
 
 def _group_rows(layout: Layout, node: int) -> Iterator[tuple[str, ...]]:
-    kinds = {
-        "tp": ("dense", "tp"),
-        "cp": ("dense", "cp"),
-        "dp": ("dense", "dp"),
-        "sequence = cp*tp": ("dense", "cp", "tp"),
-        "dp*cp storage": ("fsdp", "shard"),
-        "ep*etp": ("moe", "ep", "etp"),
-        "ep": ("moe", "ep"),
-        "etp": ("moe", "etp"),
-        "edp": ("moe", "edp"),
-        "pp": ("dense", "pp"),
-    }
-    if layout.replicate > 1:
-        kinds = {name.replace("dp*cp", f"dp*cp/{layout.replicate}"): of for name, of in kinds.items()}
-        kinds["replicate"] = ("fsdp", "replicate")
-    for name, (view, *axes) in kinds.items():
+    for name, (view, *axes) in kinds(layout).items():
         groups = slices(views(layout)[view], tuple(axes))
         size = len(groups[0])
         if size == 1:

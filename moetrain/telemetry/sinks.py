@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain.config import config
+from moetrain.config import UserError, config
 
 _KEPT = 100_000
 """Lines that wait for room on a disk, at the most."""
@@ -26,6 +26,11 @@ class LoggingConfig:
     heat_map: bool = True  # at the end a picture of layers x experts, likewise
     straggler: float = 1.5  # times the median rank's time outside of collectives: a warning; 0 = none
     load_trace: bool = False  # the load of every expert in every step, to loads.jsonl
+    nvml_every: float = 10.0  # seconds between looks at the counters of each rank's GPU; 0 = none
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nvml_every < float("inf"):
+            raise UserError(f"logging.nvml_every={self.nvml_every}: seconds have to be 0, for no looks, or more")
 
 
 def open_log(folder: Path, *, rank: int, quiet: bool) -> logging.Logger:

@@ -13,7 +13,7 @@ FLOORS = [
     {"bad_steps"},
     {"job", "evaluate", "train", "run", "loop", "begin", "resume", "changes", "saving", "stop", "watchdog"}
     | {"origin", "recovery"},
-    {"verify", "memory", "report", "simulate"},
+    {"verify", "memory", "report", "simulate", "doctor"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other
