@@ -19,7 +19,7 @@ from moetrain.cli.ranks import start_ranks
 from moetrain.config import UserError, nearest
 from moetrain.doctor import here
 from moetrain.doctor.findings import Finding, Level, bad, verdict
-from moetrain.doctor.rank import DoctorConfig, be_rank, failure
+from moetrain.doctor.rank import DoctorConfig, be_rank, end, failure
 from moetrain.job import Config
 from moetrain.layouts import broken_rule
 from moetrain.watchdog import told
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     flags, own, words = _parse(argv)
     cfg, report = compose(words), _Report("--json" in flags)
     if launched() and "--quick" not in flags:
-        return _launched(cfg, own, report)
+        end(_launched(cfg, own, report))
     world = 0 if "--quick" in flags else _checked(cfg, wanted_ranks(cfg.layout, device=cfg.train.device))
     for finding in here.look(cfg):
         report.tell(finding)
@@ -151,6 +151,11 @@ def _ranks(cfg: Config, own: DoctorConfig, report: _Report, world: int) -> int:
             for parent in made[1:]:
                 parent.rmdir()
 
+    def leave() -> None:
+        """At a signal, at once: nothing is to be saved, and the ranks end with this process."""
+        clean()
+        os._exit(143)
+
     try:
         folder.mkdir(parents=True)
         configs.write(cfg, folder / "config.yaml")
@@ -166,7 +171,7 @@ def _ranks(cfg: Config, own: DoctorConfig, report: _Report, world: int) -> int:
         finally:
             clean()
         return 0
-    signals.catch(lambda: (clean(), os._exit(143)))  # at once: nothing is saved, and the ranks end with this process
+    signals.catch(leave)
     code = start_ranks(folder, ranks=world, program=("-m", "moetrain.doctor.rank", str(folder)))
     for finding in _read(folder / "found.json"):
         report.tell(finding)

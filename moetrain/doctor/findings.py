@@ -27,7 +27,7 @@ class Finding:
 
     @staticmethod
     def decode(data: dict[str, Any]) -> "Finding":
-        return Finding(**data | {"level": Level(data["level"])})
+        return Finding(Level(data["level"]), data["what"], data["words"], data["data"])
 
 
 def ok(what: str, words: str, data: Any = None) -> Finding:

@@ -56,7 +56,8 @@ def measure(kind: Kind, mesh: Mesh, *, bytes: list[int], rounds: int, device: to
         rates, wrong = {}, _uneven(group, device) if operation == "all-to-all" else None
         for n in bytes:
             run, check = _prepared(operation, n, group, device)
-            wrong = wrong or check(run())  # the first makes connections
+            got = run()  # makes connections
+            wrong = wrong or check(got)
             seconds = []
             for _ in range(rounds):
                 comm.barrier(group)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from torch.cuda import nccl
 
 from moetrain import __version__, kernels
 from moetrain.config import UserError
@@ -43,14 +44,14 @@ def look(cfg: Config) -> Iterator[Finding]:
 
 def versions() -> dict[str, str | None]:
     """Those that have to be the same on every rank, and the driver's."""
-    nccl = torch.version.cuda and torch.cuda.nccl.version()
+    of_nccl = torch.version.cuda and nccl.version()
     try:
         driver = nvml.driver()
     except nvml.AbsentError:
         driver = None
     return {
         "python": platform.python_version(), "moetrain": __version__, "torch": torch.__version__,
-        "CUDA": torch.version.cuda, "NCCL": ".".join(map(str, nccl)) if isinstance(nccl, tuple) else None,
+        "CUDA": torch.version.cuda, "NCCL": ".".join(map(str, of_nccl)) if isinstance(of_nccl, tuple) else None,
         "driver": driver,
     }  # fmt: skip
 

@@ -123,7 +123,6 @@ def summary(samples: list[dict[str, float | None]]) -> dict[str, Any]:
     found |= {f"{name}_most": max(columns[name]) for name in _MOST if columns[name]}
     if bits := columns["throttle"]:
         every = [reasons(int(x)) for x in bits]
-        found["throttled"] = {
-            why: sum(why in x for x in every) / len(every) for why in sorted({w for x in every for w in x})
-        }
+        whys = sorted({why for some in every for why in some})
+        found["throttled"] = {why: sum(why in some for some in every) / len(every) for why in whys}
     return found

@@ -22,7 +22,6 @@ from moetrain.doctor import groups, pairs
 from moetrain.doctor.findings import Level
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
-from moetrain.world import World
 
 COMMAND = [sys.executable, "-m", "moetrain", "doctor", "train.device=cpu", "train.threads=1", "doctor.slow=100"]
 """Two ranks and other tests on two cores: a pair is slow for a moment."""
@@ -203,40 +202,33 @@ def test_a_slow_pair_is_named(hosts, tmp_path) -> None:
     assert "2 ranks across nodes" in lines(said[0][0], "all-gather")[0]
 
 
-def _measured(world: World, fault: str | None) -> list[dict[str, Any]]:
-    mesh = Mesh.build(Layout(dp=2), rank=world.rank, world=2, device=world.device)
-    kind = groups.of_layout(mesh.layout)[0]
-    name = {"all-gather": "all_gather_into", "reduce-scatter": "reduce_scatter_into"}.get(fault or "")
-    if name:
-        right = getattr(comm, name)
+def measured(rank: int, world: int, fault: str | None) -> dict[str, Any]:
+    """On a rank; rank 1's last number is wrong where there is a ``fault``."""
+    mesh = Mesh.build(Layout(dp=world), rank=rank, world=world, device=torch.device("cpu"))
+    name = {"all-gather": "all_gather_into", "reduce-scatter": "reduce_scatter_into"}.get(fault or "", "size")
+    right = getattr(comm, name)
 
-        def wrong(out: torch.Tensor, *args: Any, **more: Any) -> None:
-            right(out, *args, **more)
-            out[-1] += world.rank  # rank 1's last number
+    def wrong(out: torch.Tensor, *args: Any, **more: Any) -> None:
+        right(out, *args, **more)
+        out[-1] += rank
 
-        setattr(comm, name, wrong)
+    setattr(comm, name, wrong if fault else right)
     try:
-        found = groups.measure(kind, mesh, bytes=[4096], rounds=1, device=world.device)
+        return groups.measure(
+            groups.of_layout(mesh.layout)[0], mesh, bytes=[4096], rounds=1, device=torch.device("cpu")
+        )
     finally:
-        if name:
-            setattr(comm, name, right)
-    gathered: list[Any] = [None, None]
-    torch.distributed.all_gather_object(gathered, found)
-    return gathered
+        setattr(comm, name, right)
 
 
 @pytest.mark.parametrize("fault", [None, "all-gather", "reduce-scatter"])
 def test_numbers_that_arrive_wrong(ranks, fault) -> None:
-    of_ranks = ranks(2).run(_in_pool, fault)[0]
+    of_ranks = ranks(2).run(measured, fault)
     kind = groups.of_layout(Layout(dp=2))[0]
     found = {f.what.split(",")[0]: f for f in groups.judged(kind, of_ranks, ["a", "b"])}
     assert {name for name, f in found.items() if f.level is Level.bad} == ({fault} if fault else set())
     if fault:
         assert "wrong on rank 1 (b): 1 of " in found[fault].words
-
-
-def _in_pool(world: World, fault: str | None) -> list[dict[str, Any]]:
-    return _measured(world, fault)
 
 
 def test_pairs_of_many_ranks() -> None:
