@@ -37,7 +37,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "Layout": "pp dp cp tp ep etp replicate",
         "IntegrityConfig": "replay_every hash_every",
         "LoggingConfig": "every progress heat_map load_trace straggler norms tensorboard wandb wandb_project "
-        "wandb_entity wandb_name sink_timeout",
+        "wandb_entity wandb_name sink_timeout nvml_every",
         "MoEConfig": "kernel placement",
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",

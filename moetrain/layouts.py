@@ -104,6 +104,26 @@ def slices(view: dict[str, int], axes: tuple[str, ...]) -> list[tuple[int, ...]]
     return [tuple(ranks) for ranks in groups.values()]
 
 
+def kinds(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Name -> (view, axes) of every kind of group that ranks communicate in."""
+    found = {
+        "tp": ("dense", "tp"),
+        "cp": ("dense", "cp"),
+        "dp": ("dense", "dp"),
+        "sequence = cp*tp": ("dense", "cp", "tp"),
+        "dp*cp storage": ("fsdp", "shard"),
+        "ep*etp": ("moe", "ep", "etp"),
+        "ep": ("moe", "ep"),
+        "etp": ("moe", "etp"),
+        "edp": ("moe", "edp"),
+        "pp": ("dense", "pp"),
+    }
+    if layout.replicate > 1:
+        found = {name.replace("dp*cp", f"dp*cp/{layout.replicate}"): of for name, of in found.items()}
+        found["replicate"] = ("fsdp", "replicate")
+    return found
+
+
 @dataclass(frozen=True)
 class Groups:
     """The groups of one kind of a layout: how many, of how many ranks, so far apart, how many of them across nodes."""
@@ -117,23 +137,8 @@ class Groups:
 
 def groups(layout: Layout, node: int) -> list[Groups]:
     """Every kind of group of a solved layout, where a node holds ``node`` ranks; those of one rank have a size only."""
-    kinds = {
-        "tp": ("dense", "tp"),
-        "cp": ("dense", "cp"),
-        "dp": ("dense", "dp"),
-        "sequence = cp*tp": ("dense", "cp", "tp"),
-        "dp*cp storage": ("fsdp", "shard"),
-        "ep*etp": ("moe", "ep", "etp"),
-        "ep": ("moe", "ep"),
-        "etp": ("moe", "etp"),
-        "edp": ("moe", "edp"),
-        "pp": ("dense", "pp"),
-    }
-    if layout.replicate > 1:
-        kinds = {name.replace("dp*cp", f"dp*cp/{layout.replicate}"): of for name, of in kinds.items()}
-        kinds["replicate"] = ("fsdp", "replicate")
     found = []
-    for name, (view, *axes) in kinds.items():
+    for name, (view, *axes) in kinds(layout).items():
         every = slices(views(layout)[view], tuple(axes))
         size = len(every[0])
         across = sum(ranks[0] // node != ranks[-1] // node for ranks in every)

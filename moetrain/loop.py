@@ -23,6 +23,7 @@ from moetrain.telemetry.health import Health, Reading
 from moetrain.telemetry.line import StepLine
 from moetrain.telemetry.load_picture import draw, heat_map
 from moetrain.telemetry.load_trace import LoadTrace
+from moetrain.telemetry.nvml_sampler import NvmlSampler
 from moetrain.telemetry.sinks import Bar, Series, followers
 from moetrain.telemetry.skew import Skew
 from moetrain.telemetry.trace import Trace
@@ -56,6 +57,7 @@ class Loop:
         self.profile = Trace(
             cfg.trace, cfg.run.folder, rank=trainer.world.rank, at=trainer.steps, device=trainer.world.device, log=log
         )
+        self.nvml = NvmlSampler(trainer.world, every=cfg.logging.nvml_every, log=log)
         self.stopped_by: str | None = None  # the alert that ends the run
         self.asked: str | None = None  # by whom, to end it
         self.last: StepResult | None = None
@@ -144,6 +146,7 @@ class Loop:
                 record.update({"skipped": True}, **dict.fromkeys(odd))
         if slow := self.skew.record:
             last["slowest"] = slow
+        last |= self.nvml.record(tokens=self.tokens)
         if self.metrics:
             self.metrics.write(records)
         if self.trace:
@@ -167,20 +170,21 @@ class Loop:
         columns += [torch.stack([r.dropped.double() for r in results])[:, None]]
         columns += [torch.stack([r.balance_J.double() for r in results])]
         summed = torch.cat(columns, dim=1)
-        parts = [summed.flatten(), self.skew.part(seconds, steps=len(results), like=summed)]
+        parts = [summed.flatten(), self.skew.part(seconds, steps=len(results), like=summed), self.nvml.part(summed)]
         parts += [summed.new_zeros(0) if (more := results[-1].norms) is None else more]
         parts += [health.part(self.trainer.model.moe_layers()) if health else summed.new_zeros(0)]
         flat = comm.all_reduce_(torch.cat(parts), group=self.trainer.all_ranks)
-        of_all, skew, more, of_health = flat.split([len(part) for part in parts])
+        of_all, skew, energy, more, of_health = flat.split([len(part) for part in parts])
         bad = [r.verdict.bad.double() if r.verdict else torch.zeros_like(r.norm, dtype=torch.double) for r in results]
-        told = [of_all, skew, torch.stack([r.norm.double() for r in results]), torch.stack(bad), more]
+        told = [of_all, skew, energy, torch.stack([r.norm.double() for r in results]), torch.stack(bad), more]
         if health:
-            told.append(health.brief(of_health, results[-1].load_LE).flatten())
+            told.append(health.brief(of_health[0], results[-1].load_LE).flatten())
         numbers = iter(torch.cat(told).tolist())
-        rows, own, norms, skipped, sums, rest = (
+        rows, own, joules, norms, skipped, sums, rest = (
             [next(numbers) for _ in range(len(x))] for x in [*told, *[[]] * (not health)]
         )
         self.skew.read(own)
+        self.nvml.read(joules)
         tokens = self.pending[-1][0]["tokens"]
         found = health.read(_rows(rest, health.columns), tokens=tokens) if health else None
         return _rows(rows, summed.shape[1]), norms, [x > 0 for x in skipped], sums, found
@@ -255,6 +259,7 @@ class Loop:
         self.bar.close()
         self.profile.close()
         self.garbage.close()
+        self.nvml.close()
         self._close(failing=sys.exc_info()[0] is not None)
 
     def _close(self, *, failing: bool = False) -> None:

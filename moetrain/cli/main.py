@@ -14,6 +14,7 @@ COMMANDS = {
     "memory": "foretell the bytes of a rank, for any layout, without a GPU",
     "fssdp-sim": "price placement policies on a cluster that is not here",
     "layout": "print who sits where in a layout, list the legal ones",
+    "doctor": "say whether this machine and these ranks are fit to train",
     "inspect": "list what a checkpoint holds, and check that it is whole",
     "replay": "run a bad step again, and say where it first goes wrong",
     "report": "make a page of a run's loss, balance and drops",

@@ -51,6 +51,7 @@ class LoggingConfig:
     wandb_project: str = "moetrain"
     wandb_entity: str | None = None  # None = the key's own
     wandb_name: str | None = None  # None = run.name
+    nvml_every: float = 10.0  # seconds between looks at the counters of each rank's GPU; 0 = none
     sink_timeout: float = 30.0  # seconds that W&B's server has to answer, and a sink to finish at the end
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class LoggingConfig:
                 )
         if not self.sink_timeout > 0:
             raise UserError(f"logging.sink_timeout={self.sink_timeout}: seconds have to be above 0, 30 is usual")
+        if not 0 <= self.nvml_every < float("inf"):
+            raise UserError(f"logging.nvml_every={self.nvml_every}: seconds have to be 0, for no looks, or more")
 
 
 def check_sinks(cfg: LoggingConfig) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"bad_steps"},
     {"job", "evaluate", "train", "run", "loop", "begin", "resume", "changes", "saving", "stop", "watchdog"}
     | {"origin", "recovery", "first_lines", "norms", "out_of_memory", "steady"},
-    {"verify", "memory", "report", "simulate", "cluster"},
+    {"verify", "memory", "report", "simulate", "cluster", "doctor"},
     {"cli"},
 ]
 APART = FLOORS[4]  # these do not import each other

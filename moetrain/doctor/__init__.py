@@ -1,0 +1,1 @@
+"""``moetrain doctor``: this machine (``here``), its ranks (``rank``), their groups, pairs and shared storage."""
