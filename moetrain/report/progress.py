@@ -133,7 +133,7 @@ def _energy(record: dict[str, Any]) -> float | None:
     """Joules of all ranks since the record before that has them."""
     energy = record.get("energy")
     joules = energy.get("joules") if isinstance(energy, dict) else None
-    return float(joules) if _positive(joules) else None
+    return float(joules) if isinstance(joules, int | float) and _positive(joules) else None
 
 
 def _positive(value: Any) -> bool:
