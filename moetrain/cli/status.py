@@ -43,7 +43,7 @@ state     waiting   there is a config, and no life yet
                     process lives on another machine cannot be seen from here
           hung      the watchdog has ended it; who was where stands below
           stopped   how it ended stands below; the same command continues
-          complete
+          complete  every step is done, and the summary is there
 left      until the last step, by the speed of late; without saves and validations
 saved     age of the newest committed checkpoint, and its step
 hours     ranks x the time from a life's first word in its log to its last one, lost steps and saves included

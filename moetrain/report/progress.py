@@ -130,11 +130,10 @@ def _records(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any]]
 
 
 def _energy(record: dict[str, Any]) -> float | None:
-    """Joules of all ranks since the record before it that has them."""
-    nvml = record.get("nvml")
-    values = record | (nvml if isinstance(nvml, dict) else {})
-    found = [x for name, x in values.items() if re.fullmatch("energy_j(oules)?", name) and _positive(x)]
-    return float(found[0]) if found else None
+    """Joules of all ranks since the record before that has them."""
+    energy = record.get("energy")
+    joules = energy.get("joules") if isinstance(energy, dict) else None
+    return float(joules) if isinstance(joules, int | float) and _positive(joules) else None
 
 
 def _positive(value: Any) -> bool:
@@ -225,7 +224,8 @@ def _state(found: Progress, lives: list[_Life], *, now: float, fresh: bool) -> N
     hangs = folder / "hangs" / f"life-{found.life:08d}"
     if ended is None and found.life and any(_listed(hangs)):
         found.state = State.hung
-        found.lines += told(hangs, found.ranks or 1)
+        with suppress(TypeError, AttributeError):  # of another moetrain's, or damaged
+            found.lines += told(hangs, found.ranks or 1)
     elif not fresh:
         found.state = State.silent
     elif again or not found.life or not (lives and lives[-1].stepped):

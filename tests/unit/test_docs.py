@@ -52,6 +52,8 @@ def test_commands_are_there(page: Path) -> None:
     code = re.sub(r"\s#\s.*", "", "\n".join(block or word for block, word in found))
     for word in re.findall(r"(?:^|\s|-m )moetrain ([a-z][\w-]*)(?=\s|$)", code, re.M):
         assert word in COMMANDS.keys() | ELSEWHERE, f"{page.name}: moetrain {word}"
+    for word in re.findall(r"moetrain data ([a-z]+)", code):
+        assert word in ("tokenize", "info", "prepare"), f"{page.name}: moetrain data {word}"
     for script in re.findall(r"\b(?:launch|slurm|benchmarks)/[\w-]+\.(?:sh|py|sbatch)\b", code):
         assert (ROOT / script).exists(), f"{page.name}: {script}"
 
