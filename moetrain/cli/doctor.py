@@ -21,6 +21,7 @@ from moetrain.doctor import here
 from moetrain.doctor.findings import Finding, Level, bad, verdict
 from moetrain.doctor.rank import DoctorConfig, be_rank, end, failure
 from moetrain.job import Config
+from moetrain.launchers import rank_info
 from moetrain.layouts import broken_rule
 from moetrain.watchdog import told
 from moetrain.world import die_with, launched, wanted_ranks
@@ -121,9 +122,10 @@ def _launched(cfg: Config, own: DoctorConfig, report: _Report) -> int:
     """Be one of a launcher's ranks; rank 0 speaks, and its exit code says what was found."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     try:
-        _checked(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        rank, world = (ranks := rank_info()).rank, ranks.size
+        _checked(cfg, world)
         if rank == 0:
             for finding in here.look(cfg):
                 report.tell(finding)

@@ -55,7 +55,9 @@ def be_rank(cfg: Config, own: DoctorConfig, tell: Tell, *, folder: Path | None) 
     Raises ``UserError``; ``RuntimeError`` where the ranks do not meet, or a collective fails.
     """
     t = cfg.train
-    world = join(device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads)
+    world = join(
+        device=t.device, communication=t.communication, timeout=t.timeout, threads=t.threads, folder=cfg.run.folder
+    )
     name = _said(world, f".doctor-{secrets.token_hex(4)}")
     place = folder or Path(cfg.run.dir).expanduser() / name
     log = open_log(folder, rank=world.rank, quiet=True) if folder else _on_stderr()
