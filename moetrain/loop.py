@@ -178,7 +178,7 @@ class Loop:
         bad = [r.verdict.bad.double() if r.verdict else torch.zeros_like(r.norm, dtype=torch.double) for r in results]
         told = [of_all, skew, energy, torch.stack([r.norm.double() for r in results]), torch.stack(bad), more]
         if health:
-            told.append(health.brief(of_health[0], results[-1].load_LE).flatten())
+            told.append(health.brief(of_health, results[-1].load_LE).flatten())
         numbers = iter(torch.cat(told).tolist())
         rows, own, joules, norms, skipped, sums, rest = (
             [next(numbers) for _ in range(len(x))] for x in [*told, *[[]] * (not health)]

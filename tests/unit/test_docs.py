@@ -16,7 +16,6 @@ from moetrain.config import OPTIONS, UserError, keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker/README.md"]
-"""Commands that the documents name before they are there; empty once they are."""
 
 
 def anchors(page: Path) -> set[str]:
