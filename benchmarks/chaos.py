@@ -38,6 +38,8 @@ TIMEOUT = 8.0
 """train.timeout of the runs: a hang is found after so many seconds."""
 LIFE = 600.0
 """Seconds that a life may take before the harness, like a cluster's, ends it."""
+GRACE = 40.0
+"""Seconds that the other hosts' agents get once one has ended: torchrun's own half a minute, and some."""
 PHASES = "forward", "backward", "optimizer", "save", "commit", "load"
 KINDS = {
     "kill in forward": "forward",
@@ -242,6 +244,7 @@ def run(episode: Episode, corpus: Path, network: Network | None) -> None:
 def _live(episode: Episode, agents: list[subprocess.Popen], network: Network | None, old: list[int]) -> list[int]:
     """One life's end, and what the harness does meanwhile; the processes of one that is to come back."""
     since, cut_at, woken = time.monotonic(), None, not old
+    together = since
     ballast, cut = episode.folder / "run" / "ballast", episode.folder / "cut"
     first = len(episode.events())
     while any(agent.poll() is None for agent in agents):
@@ -266,8 +269,11 @@ def _live(episode: Episode, agents: list[subprocess.Popen], network: Network | N
         if cut_at and network and fired[-1]["kind"] == "cut, healed" and time.monotonic() > cut_at + 2:
             network.cable("up")
             cut_at = None
-        if cut_at and time.monotonic() > cut_at + TIMEOUT + 12:
-            break  # as a cluster ends a job whose host it does not reach
+        if all(agent.poll() is None for agent in agents):
+            together = time.monotonic()
+        # as a cluster ends a job whose host it does not reach, or on one of whose hosts nothing is left
+        if (cut_at and time.monotonic() > cut_at + TIMEOUT + 12) or time.monotonic() > together + GRACE:
+            break
         if time.monotonic() > since + LIFE:
             episode.problems.append(f"a life was ended after {LIFE:.0f} s")
             break

@@ -1,7 +1,7 @@
 """Which rank this process is, by its launcher's variables, and where the ranks meet. One place reads them.
 
 torchrun, moetrain train    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
-srun, one task a rank       SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE
+srun, one task a rank       SLURM_NODEID, SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE
 neither, or srun -n 1       this process alone, which starts ranks of its own where the layout asks for several
 """
 
@@ -38,7 +38,7 @@ class RankInfo:
 
 
 def rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
-    """Raises ``UserError`` where the launcher's variables cannot be those of consecutive ranks on each node."""
+    """By those of torchrun where both are there."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         local = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
@@ -46,16 +46,11 @@ def rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
     # A batch script and salloc's shell have SLURM_PROCID too, and srun --pty bash is a step of one task.
     if "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return RankInfo()
-    rank, size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
     node, local_rank = int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"])
     tasks = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
-    if rank != sum(tasks[:node]) + local_rank:
-        raise UserError(
-            f"srun dealt its tasks so that task {rank} is number {local_rank} of node {node} "
-            f"(SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}): ranks of a node have to be "
-            f"consecutive, add --distribution=block"
-        )
-    return RankInfo(rank, size, local_rank, tasks[node], by="srun", own_gpu="SLURM_GPUS_PER_TASK" in environ)
+    rank = sum(tasks[:node]) + local_rank  # however tasks were dealt, those of a node are consecutive
+    own_gpu = "SLURM_GPUS_PER_TASK" in environ
+    return RankInfo(rank, sum(tasks), local_rank, tasks[node], by="srun", own_gpu=own_gpu)
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -128,6 +123,8 @@ def _meet(
         if found == _OFF:
             raise UserError("rank 0 has found something to mend, and says what")
         for host in hosts:
+            if time.monotonic() > until:
+                break
             try:
                 store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=2))
                 if store.get("name").decode() == name:

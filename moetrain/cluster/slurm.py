@@ -14,6 +14,12 @@ from moetrain.cluster.config import Container, SlurmConfig
 from moetrain.config import UserError, nearest
 
 _SAME = "# ---- from here on the same for everybody ----\n"
+_NEVER = "PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints"
+"""Reasons for which a job waits that no other job's end changes."""
+_MANY = (
+    "; sinfo -o '%P %D %c %m %l %G' lists the nodes that there are: lower cluster.nodes, .ranks_per_node, "
+    ".cpus_per_rank, .memory, .gpus or .time"
+)
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,13 @@ def submit(script: Path, words: list[str]) -> str:
     """The job's id. Raises ``UserError`` with what sbatch says."""
     found = _run("sbatch", "--parsable", str(script), *words)
     if found.returncode:
-        said = found.stderr.strip().removeprefix("sbatch: ").splitlines()
-        why = next((line for line in said if "error" in line), said[0] if said else "no reason given")
-        raise UserError(f"sbatch refuses the job: {why.removeprefix('error: ')}{_hint(why, script)}")
-    return found.stdout.strip().partition(";")[0]
+        said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in found.stderr.strip().splitlines()]
+        raise UserError(f"sbatch refuses the job: {said[0]}{_hint(said[0], script)}" if said else "sbatch fails")
+    job = found.stdout.strip().partition(";")[0]
+    if (why := _squeue(job, "%r")) in _NEVER:
+        _run("scancel", job)
+        raise UserError(f"Slurm could never start the job ({why}), which is cancelled{_MANY}")
+    return job
 
 
 def _hint(why: str, script: Path) -> str:
@@ -102,17 +111,18 @@ def _hint(why: str, script: Path) -> str:
         known = sorted({line.rstrip("*") for line in _run("sinfo", "-h", "-o", "%P").stdout.split()})
         wanted = (re.search(r"--partition=(\S+)", script.read_text()) or [""] * 2)[1]
         return f"{nearest(wanted, known)} (cluster.partition={wanted}; there are: {', '.join(known)})"
-    if "ode count" in why or "node configuration" in why or "CPU count" in why:
-        return (
-            "; sinfo -o '%P %D %c %m %G' lists the nodes that there are: lower cluster.nodes, .ranks_per_node, "
-            ".cpus_per_rank or .memory"
-        )
-    return ""
+    return (
+        _MANY if any(word in why for word in ("ode count", "configuration", "CPU count", "emory", "resource")) else ""
+    )
 
 
 def state(job: str) -> str:
     """What squeue says of a job: PENDING, RUNNING, ...; nothing where it is over, or Slurm does not answer."""
-    found = _run("squeue", "-h", "-j", job, "-o", "%T")
+    return _squeue(job, "%T")
+
+
+def _squeue(job: str, what: str) -> str:
+    found = _run("squeue", "-h", "-j", job, "-o", what)
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
