@@ -69,7 +69,7 @@ CAUSES = {
     "damage": r"is damaged: ",
     "SIGTERM": r"asked to stop by a signal",
     "hang": r"hang: rank|a hang: for",
-    "disk full": r"is not saved, and the run goes on: .*No space left",
+    "disk full": r"(is not saved, and the run goes on: |cannot be written ).*No space left",
     "cut": r"hang: rank|a hang: for|Connection|timed? ?out",
     "old writer": r"was taken over by life",
     "straggler": r"is the slowest|stood still for",
