@@ -1,8 +1,8 @@
 """``moetrain launch``: the words of ``moetrain train``, as a job of a Slurm cluster."""
 
-import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +19,7 @@ from moetrain.config import UserError, nearest
 from moetrain.job import Config, check
 from moetrain.layouts import Layout
 from moetrain.model.flops import size
+from moetrain.resume import first
 from moetrain.telemetry.redact import environment, redact
 
 _USAGE = """\
@@ -28,8 +29,9 @@ Writes the run folder's launch/ (resolved config, batch file, git commit and dif
 says what it will take, submits, prints the job's id. The job trains, saves before its time is over and requeues itself
 until the run is done, starts ranks that fail again, leaves out nodes that are not well: docs/cluster.md.
 
-  cluster=slurm_h100   slurm_a100, slurm_gb200, slurm_cpu: configs/cluster/NAME.yaml; or a YAML file of yours
-    cluster.nodes      0: as many as the layout's ranks fill
+  cluster=NAME         slurm_h100 [this], slurm_a100, slurm_gb200, slurm_cpu: configs/cluster/NAME.yaml; or a YAML file
+    cluster.nodes      0: as many as the layout's ranks fill, one where layout.dp is -1
+    cluster.ranks_per_node  .gpus=gpu:h100 or ""  .cpus_per_rank  .memory of a node  .python there  .check_nodes=false
     cluster.partition  .account  .qos  .constraint  .exclude  .reservation  .options=[--mail-type=END]
     cluster.time       minutes of a life      cluster.leave     minutes before its end at which it saves and leaves
     cluster.restarts   of failed ranks        cluster.requeues  lives after the first
@@ -54,7 +56,8 @@ def main(argv: list[str]) -> int:
     cluster = read_cluster(named, own, SlurmConfig, slurm=True)
     job = Job(cfg.run.name.replace("/", "-"), cfg.run.folder, _nodes(cfg.layout, cluster), cluster)
     layout = check(cfg, world=job.ranks)
-    script, summary = job.script(), _summary(cfg, layout, job)
+    first(cfg, None, log=print)
+    script, summary = job.script(), _summary(cfg, layout, job, named)
     if "--dry-run" in flags:
         print("\n".join([*summary, "", script, f"# its words: {' '.join(_words(job))}"]))
         return 0
@@ -63,10 +66,18 @@ def main(argv: list[str]) -> int:
             f"job {before} of {job.folder} is {now}: scancel {before} first, wait for it, or give this one another "
             f"run.name"
         )
+    launch = job.folder / "launch"
+    made = [path for path in (launch, job.folder) if not path.exists()]
     _write(job, cfg, script, argv)
-    number = submit(job.folder / "launch" / "pretrain.sbatch", _words(job))
-    (job.folder / "launch" / "job.json").write_text(json.dumps({"job": number}) + "\n")
-    print("\n".join([*summary, f"job {number}; squeue -j {number}, tail -F {job.folder}/logs/rank-0.log"]))
+    try:
+        number = submit(launch / "pretrain.sbatch", _words(job))
+    except UserError:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    (launch / "job").write_text(number + "\n")
+    says = f"what it says: {launch}/slurm-{number}.out, then {job.folder}/logs/rank-0.log"
+    print("\n".join([*summary, f"job {number}; squeue -j {number}; {says}"]))
     return 0
 
 
@@ -103,8 +114,8 @@ def _nodes(layout: Layout, cluster: SlurmConfig) -> int:
         return cluster.nodes
     if layout.dp != -1 and ranks % here:
         raise UserError(
-            f"layout {layout.words()} is {ranks} ranks, which fill no nodes of cluster.ranks_per_node={here}: change "
-            f"one of them"
+            f"layout {layout.words()} is {ranks} ranks, not a multiple of cluster.ranks_per_node={here}: change one of "
+            f"them"
         )
     return max(1, -(-ranks // here))
 
@@ -113,14 +124,16 @@ def _words(job: Job) -> list[str]:
     return ["--config", str((job.folder / "launch" / "config.yaml").absolute())]
 
 
-def _summary(cfg: Config, layout: Layout, job: Job) -> list[str]:
+def _summary(cfg: Config, layout: Layout, job: Job, named: str) -> list[str]:
     c = job.cluster
+    absent = [corpus.path for corpus in cfg.data.corpora.values() if corpus.path and not Path(corpus.path).exists()]
     what = "GPU" if c.gpus else "rank"
     hours = job.ranks * c.time / 60
     cost = f", {hours * c.price:,.2f} at cluster.price={c.price:g}" if c.price else ""
     return [
         f"run {job.folder}: {size(cfg.model)}; {cfg.train.steps} steps",
-        f"{job.nodes} node(s) of {c.ranks_per_node} ranks, layout {layout.words()}",
+        f"cluster {named}: {job.nodes} node(s) of {c.ranks_per_node} ranks, layout {layout.words()}",
+        *(f"warning: the corpus {path} is not on this machine: it has to be on every node" for path in absent),
         f"a life of {c.time} minutes: {hours:,.1f} {what}-hours{cost}; at the most {c.requeues + 1} lives, the last "
         f"one ends when the run does",
     ]

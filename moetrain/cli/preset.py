@@ -12,8 +12,9 @@ from moetrain.config import UserError, nearest
 
 def read_cluster(name: str, own: dict[str, Any], cls: type, *, slurm: bool) -> Any:
     """configs/cluster/NAME.yaml or a YAML file, with ``own`` keys, as ``cls``. Those of Slurm are called slurm_*."""
-    path = folder() / "cluster" / f"{name}.yaml"
-    known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem.startswith("slurm_") == slurm)
+    here = folder() / "cluster"
+    path = here / f"{name}.yaml"
+    known = sorted(p.stem for p in here.glob("*.yaml") if p.stem.startswith("slurm_") == slurm)
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
     elif name not in known:

@@ -3,8 +3,10 @@
 import argparse
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from moetrain.cluster import slurm
 from moetrain.config import UserError
 from moetrain.report.progress import Progress, State, is_run, look, runs_below
 
@@ -28,11 +30,21 @@ def main(argv: list[str]) -> int:
         folders += found
     now = time.time()
     found = [look(folder, now=now) for folder in folders]
+    for progress in found:
+        _job(progress)
     if args.json:
         print(json.dumps([progress.record() for progress in found], indent=1))
     else:
         print("\n".join(table(found)))
     return 0
+
+
+def _job(progress: Progress) -> None:
+    """Of Slurm, what it says of a run's newest job, where it is here."""
+    with suppress(UserError):
+        if (number := slurm.last_job(progress.folder)) and progress.state is not State.complete:
+            where = slurm.state(number) or f"over: see {progress.folder}/launch/slurm-{number}.out"
+            progress.lines.append(f"job {number} is {where}")
 
 
 _HELP = """\

@@ -47,8 +47,8 @@ class SlurmConfig:
                 raise UserError(f"cluster.{name}={value}: has to be at least {least}")
         if not 0 < self.leave < self.time:
             raise UserError(
-                f"cluster.leave={self.leave} of cluster.time={self.time} minutes: has to be above 0, and less than the "
-                f"whole of it"
+                f"cluster.leave={self.leave} minutes before the end of cluster.time={self.time}: has to be above 0 and "
+                f"below it, lower cluster.leave or raise cluster.time"
             )
         if self.price < 0:
             raise UserError(f"cluster.price={self.price}: cannot be negative")

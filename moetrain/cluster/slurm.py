@@ -1,6 +1,5 @@
 """A Slurm job of a run: ``slurm/pretrain.sbatch`` with a cluster's settings in its head."""
 
-import json
 import re
 import shlex
 import shutil
@@ -18,7 +17,7 @@ _NEVER = "PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "BadCons
 """Reasons for which a job waits that no other job's end changes."""
 _MANY = (
     "; sinfo -o '%P %D %c %m %l %G' lists the nodes that there are: lower cluster.nodes, .ranks_per_node, "
-    ".cpus_per_rank, .memory, .gpus or .time"
+    ".cpus_per_rank, .memory, .gpus or .time, or shorten .exclude"
 )
 
 
@@ -127,10 +126,10 @@ def _squeue(job: str, what: str) -> str:
 
 
 def last_job(folder: Path) -> str:
-    """The id of the newest job that was submitted for a run; nothing where none was."""
+    """The id of the newest job of a run, which launch or the job itself has left; nothing where there was none."""
     try:
-        return str(json.loads((folder / "launch" / "job.json").read_text())["job"])
-    except (OSError, ValueError, KeyError):
+        return (folder / "launch" / "job").read_text().strip()
+    except OSError:
         return ""
 
 

@@ -60,7 +60,9 @@ class Progress:
 
 
 def is_run(folder: Path) -> bool:
-    return any(os.path.exists(folder / name) for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    if folder.name == "launch" and os.path.exists(folder / "pretrain.sbatch"):
+        return False  # of a run that is a job
+    return any(os.path.exists(folder / name) for name in ("config.yaml", "metrics.jsonl", "checkpoints", "launch"))
 
 
 def runs_below(folder: Path, *, depth: int = 4) -> Iterator[Path]:
@@ -92,8 +94,11 @@ def look(folder: Path, *, now: float) -> Progress:
 
 
 def _config(found: Progress) -> None:
+    path = found.folder / "config.yaml"
+    if not path.exists() and (submitted := found.folder / "launch" / "config.yaml").exists():
+        path = submitted
     try:
-        config = yaml.safe_load((found.folder / "config.yaml").read_text())
+        config = yaml.safe_load(path.read_text())
         found.steps = int(config["train"]["steps"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         found.lines.append(f"config.yaml says no train.steps ({_first_line(error)})")

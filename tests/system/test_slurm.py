@@ -35,10 +35,10 @@ def job(corpus: Path, folder: Path, *more: str) -> list[str]:
     return words(corpus, folder, "layout.dp=4", "layout.ep=4", *more)
 
 
-def launch(cluster: Cluster, argv: list[str], *settings: str) -> str:
-    """The job's number."""
-    said = cluster.run(*MOETRAIN, "launch", "cluster=slurm_cpu", "cluster.cpus_per_rank=2", *settings, *argv)
-    return said.rpartition("squeue -j ")[2].partition(",")[0]
+def launch(cluster: Cluster, argv: list[str], *settings: str, **more: str) -> str:
+    """The job's number; ``more``: of the environment."""
+    said = cluster.run(*MOETRAIN, "launch", "cluster=slurm_cpu", "cluster.cpus_per_rank=2", *settings, *argv, **more)
+    return said.rpartition("squeue -j ")[2].partition(";")[0]
 
 
 def steps(folder: Path) -> int:
@@ -58,15 +58,17 @@ def same_run(folder: Path, straight: Path) -> None:
 
 def test_a_job_of_two_nodes(cluster, small_corpus, tmp_path, straight) -> None:
     folder = tmp_path / "run"
-    number = launch(cluster, job(small_corpus, folder), "cluster.check_nodes=true")
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    number = launch(cluster, job(small_corpus, folder), WANDB_API_KEY=secret)
     found = cluster.over(number, seconds=300)
     assert (found["JobState"], found["NumNodes"]) == ("COMPLETED", "2"), log(folder)
     same_run(folder, straight)
-    kept = {
-        path.name.partition("-")[0] if path.suffix == ".log" else path.name for path in (folder / "launch").iterdir()
-    }
-    assert {"config.yaml", "pretrain.sbatch", "git.txt", "git.diff", "environment.txt", "command.txt", "node"} < kept
-    assert not list((folder / "logs").glob("*.tmp"))
+    kept = {path.name: path.read_text() for path in (folder / "launch").iterdir()}
+    assert {"config.yaml", "pretrain.sbatch", "git.txt", "git.diff", "command.txt"} < kept.keys()
+    assert {f"node-{name}.log" for name in cluster.hosts(found["NodeList"])} < kept.keys()
+    assert "WANDB_API_KEY=" in kept["environment.txt"]
+    assert [name for name, text in kept.items() if secret in text] == []
+    assert "complete" in cluster.run(*MOETRAIN, "status", str(folder))
 
 
 def test_a_node_crashes_and_the_run_goes_on_elsewhere(cluster, small_corpus, tmp_path, straight) -> None:
@@ -155,7 +157,7 @@ def test_a_node_that_is_not_well_is_left_out(cluster, small_corpus, tmp_path) ->
     )
     python.chmod(0o755)
     argv = job(small_corpus, folder, "train.exit_after=2")
-    launch(cluster, argv, f"cluster.python={python}", "cluster.check_nodes=true")
+    launch(cluster, argv, f"cluster.python={python}")
     cluster.wait(lambda: "job " in log(folder) and "goes on without it" in log(folder), 120, "the check")
     assert "node n1 is not well" in log(folder)
     number = log(folder).partition(" goes on without it")[0].rpartition("job ")[2]
@@ -169,7 +171,7 @@ def test_what_slurm_refuses_is_one_line(cluster, small_corpus, tmp_path) -> None
         "cluster.constraint=h100": "Invalid feature specification",
         "cluster.memory=900G": "Memory specification can not be satisfied; sinfo",
         "cluster.nodes=5": "does not equal the 10 ranks there are",
-        "cluster.ranks_per_node=400": "fill no nodes of cluster.ranks_per_node=400",
+        "cluster.ranks_per_node=400": "is 4 ranks, not a multiple of cluster.ranks_per_node=400",
         "layout.dp=16": "could never start the job (PartitionConfig), which is cancelled; sinfo -o",
     }.items():
         argv = job(small_corpus, tmp_path / "run", "train.batch=64", setting)
@@ -178,6 +180,7 @@ def test_what_slurm_refuses_is_one_line(cluster, small_corpus, tmp_path) -> None
         assert told.startswith("error: "), told
         assert len(told.splitlines()) == 1, told
     assert cluster.queue() == ""
+    assert not (tmp_path / "run").exists(), "nothing is left of them"
 
 
 def test_a_sweep_by_submitit_is_an_array_of_jobs(cluster, small_corpus, tmp_path) -> None:
