@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from drawn import ALL
 from slurm_cluster import Cluster, missing
 from test_train_command import COMMAND, final_state, losses, train, words
 
@@ -108,7 +109,7 @@ def test_lives_end_in_time_and_by_preemption(cluster, small_corpus, tmp_path, st
     assert said.count("ERROR asked to stop by a signal: saved at step") == 1
 
 
-@pytest.mark.skipif("not config.getoption('-k')", reason="takes two minutes of a limit: pytest -k real_limit")
+@pytest.mark.skipif(not ALL, reason="lives of two minutes: MOETRAIN_TESTS=all")
 def test_the_real_limit(cluster, small_corpus, tmp_path) -> None:
     folder = tmp_path / "run"
     argv = job(small_corpus, folder, "train.steps=100000")
