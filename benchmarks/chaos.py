@@ -526,8 +526,8 @@ def main() -> int:
         clean(episode, keep=args.keep or bool(episode.problems))
         records += found
         if args.out:
-            before = json.loads(args.out.read_text()) if args.out.exists() else []
-            args.out.write_text(json.dumps(before + found, indent=1) + "\n")
+            before = json.loads(args.out.read_text())["faults"] if args.out.exists() else []
+            args.out.write_text(json.dumps({"what": "chaos", "faults": before + found}, indent=1) + "\n")
     print("\n" + table(records))
     phases = Counter(r["phase"] for r in records)
     parts = {
