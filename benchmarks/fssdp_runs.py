@@ -164,12 +164,12 @@ def row_seconds(run: Trainer, times: int = 5) -> float:
     offsets_S = torch.arange(1, slots + 1, dtype=torch.int32) * each
     found = []
     for _ in range(times):
-        x_MD, weights_M = torch.randn(each * slots, layer.dim), torch.rand(each * slots)
-        rows = Rows(x_MD.requires_grad_(), index_M, inverse(index_M)[:, None], offsets_S, weights_M.requires_grad_())
+        x_ND, weights_M = torch.randn(each * slots, layer.dim), torch.rand(each * slots)
+        rows = Rows(x_ND.requires_grad_(), index_M, inverse(index_M)[:, None], offsets_S, weights_M.requires_grad_())
         dist.barrier()
         since = time.thread_time()
-        y_MD = backend(rows, experts.gate_up, experts.down)
-        y_MD.backward(x_MD.detach())
+        y_ND = backend(rows, experts.gate_up, experts.down)
+        y_ND.backward(x_ND.detach())
         found.append(time.thread_time() - since)
         experts.gate_up.grad = experts.down.grad = None
     return sorted(found)[times // 2] / (each * slots)

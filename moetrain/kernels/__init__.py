@@ -1,12 +1,13 @@
 """Grouped SwiGLU backends behind one signature; ``choose`` says which one runs and why. Read this file first.
 
-Every backend is a function (rows, gate_up_S2FD, down_SDF, again=False) -> y_MD:
+Every backend is a function (rows, gate_up_S2FD, down_SDF, again=False) -> y_ND:
 
-    rows           which rows each slot computes (``moe/types.py``), the gather left to the backend
+    rows           which rows each slot computes of which rows of x (``moe/types.py``): the gather before and the sum
+                   after are the backend's own, so that it may fuse them
     gate_up_S2FD   (S, 2, F, D) gate and up projections of each slot's expert, "out, in"
     down_SDF       (S, D, F)
     again          whether backward computes silu(gate(x)) * up(x) again from gate(x) and up(x), rather than keep it
-    y_MD           weights_M * down(silu(gate(x)) * up(x)), rows past the last offset undefined
+    y_ND           for each row of x the sum over its rows of weights_M * down(silu(gate(x)) * up(x)), zero if it has none
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain import deferred, world
-from moetrain.moe.rows import ends_on_host, gather
+from moetrain.moe.rows import ends_on_host, gather, gather_sum
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
 
@@ -95,7 +95,8 @@ def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = 
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
     both_M2F = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S)
-    return rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+    y_MD = rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+    return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
 def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor) -> Tensor:

@@ -33,10 +33,11 @@ class Experts(nn.Module):
             self.replicas.start()
 
     def forward(self, rows: Rows, backend: Backend, replicas: Replicas | None = None) -> Tensor:
-        """Rows sorted by slot -> (M, D) weighted results. Slots without an expert come last and have no rows."""
+        """Rows sorted by slot -> (N, D), the sum of each row of x's results. Slots without an expert come last and have
+        no rows."""
         dtype = rows.x_ND.dtype
         gate_up, down = (self.gate_up, self.down) if replicas is None else replicas.ready()
         if rows.offsets_S.shape[0] > gate_up.shape[0]:
             rows = replace(rows, offsets_S=rows.offsets_S[: gate_up.shape[0]])
-        y_MD = backend(rows, gate_up.to(dtype), down.to(dtype), again=self.rerun_activation)
-        return y_MD if replicas is None else replicas.used(y_MD)
+        y_ND = backend(rows, gate_up.to(dtype), down.to(dtype), again=self.rerun_activation)
+        return y_ND if replicas is None else replicas.used(y_ND)

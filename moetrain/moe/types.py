@@ -120,8 +120,9 @@ class Slots:
 class Rows:
     """The rows a rank has to compute: row m is ``x_ND[index_M[m]]`` times ``weights_M[m]``, sorted by slot.
 
-    The permutation is an index, so that a kernel backend may fuse the gather; ``back_NJ`` is its transpose (the J
-    rows that each row of x became, -1 = none), so that its gradient is a gather and a sum, never a scatter.
+    What comes of them is summed by row of x. The permutation is an index, so that a kernel backend may fuse the gather;
+    ``back_NJ`` is its transpose (the J rows that each row of x became, -1 = none), so that the sum, and the gradient of
+    the gather, is a gather and a sum, never a scatter.
     """
 
     x_ND: Tensor
@@ -276,5 +277,5 @@ class Dispatcher(ABC):
         """
 
     @abstractmethod
-    def combine(self, y_MD: Tensor, ticket: Any) -> Tensor:
-        """(M, D) weighted results, in the order of ``Rows.index_M`` -> (T, D): each token's sum over its experts."""
+    def combine(self, y_ND: Tensor, ticket: Any) -> Tensor:
+        """(N, D) what became of each row of ``Rows.x_ND`` -> (T, D): each token's sum over its experts."""

@@ -17,7 +17,7 @@ from moetrain import comm
 from moetrain.config import OPTIONS, load
 from moetrain.layouts import Layout
 from moetrain.mesh import Mesh
-from moetrain.moe.rows import gather
+from moetrain.moe.rows import gather, gather_sum
 from moetrain.moe.placement.types import Placement
 from moetrain.moe.types import Dispatcher, Routing, Slots, Tokens
 
@@ -107,7 +107,9 @@ def there_and_back(rank: int, world: int, case: Case, dispatcher: Dispatcher) ->
     scale_M = torch.full((len(x_MD),), torch.nan, dtype=torch.float64)  # past the last row: nobody reads it
     for expert, start, end in zip(case.slots_RS[at], starts_S.tolist(), rows.offsets_S.tolist(), strict=True):
         scale_M[start:end] = (expert + 1) / case.etp
-    y_TD = dispatcher.combine(x_MD * (rows.weights_M * scale_M)[:, None], ticket)
+    y_MD = x_MD * (rows.weights_M * scale_M)[:, None]
+    y_ND = gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
+    y_TD = dispatcher.combine(y_ND, ticket)
     y_TD.backward(x_of(rank, case, 7))
     count = rows.offsets_S[-1:].long().clone()
     dropped_E = torch.zeros(case.num_experts, dtype=torch.int64) if rows.dropped_E is None else rows.dropped_E
@@ -216,7 +218,8 @@ def cut(rank: int, world: int, case: Case, dispatcher: Dispatcher, B: int) -> Te
         x_TD, routing, tokens=tokens, slots=Slots(torch.arange(E)[:, None], E)
     )
     y_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged) * rows.weights_M[:, None]
-    dispatcher.combine(y_MD, ticket).sum().backward()
+    y_ND = gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
+    dispatcher.combine(y_ND, ticket).sum().backward()
     assert weights_TK.grad is not None
     kept_TE = torch.zeros(len(ids_TK), E + 1).scatter_(1, ids_TK.clamp_min(0), (weights_TK.grad > 0).float())[:, :E]
     whole = torch.zeros(B, S, E)

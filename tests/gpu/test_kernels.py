@@ -34,10 +34,10 @@ def compute(
     backend, counts: list[int], t: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     leaves = {n: v.to(device, dtype, copy=True).requires_grad_() for n, v in t.items() if n != "g"}
-    y_MD = backend(rows(counts, leaves["x"], leaves["weights"]), leaves["gate_up"], leaves["down"])
-    y_MD.backward(t["g"].to(device, dtype))
+    y_ND = backend(rows(counts, leaves["x"], leaves["weights"]), leaves["gate_up"], leaves["down"])
+    y_ND.backward(t["g"].to(device, dtype))
     grads = {f"grad of {n}": leaf.grad.double().cpu() for n, leaf in leaves.items()}  # pyright: ignore
-    return {"y": y_MD.detach().double().cpu(), **grads}
+    return {"y": y_ND.detach().double().cpu(), **grads}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -1,7 +1,7 @@
 """All-gather dispatch: every rank of an expert group sees all its tokens and computes those of its own experts.
 
-    group:  x_TD, targets, weights --all-gather--> (R*T) --index--> rows by slot --experts--> y_MD
-            --gather-and-sum--> (R*T, D), parts of a sum --reduce-scatter--> y_TD
+    group:  x_TD, targets, weights --all-gather--> (R*T) --index--> rows by slot --experts, sum--> (R*T, D), parts of
+            a sum --reduce-scatter--> y_TD
 
 For few ranks or many experts a token: what travels, (R - 1) T D numbers each way, depends on neither the routing nor K.
 Dropless. Sent, forward: one all-gather each of x (T, D), of targets (T, K*J) int64, of weights (T, K); one
@@ -11,28 +11,21 @@ computed: no host sync. Every rank of the group has the same number of tokens (p
 experts differ. With expert tensor parallelism the J parts are parts of the sum like any other.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import config
-from moetrain.moe.rows import gather, gather_sum, inverse
+from moetrain.moe.rows import gather, inverse
 from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
-
-
-@dataclass(frozen=True)
-class Ticket:
-    token_M: Tensor  # (M,) of all R*T tokens, that of each row; -1 = an empty row
-    back_XC: Tensor  # (R*T, C) rows of each token here, C = min(K, S); -1 = none
-    group: ProcessGroup | None
 
 
 @config(group="dispatcher", name="allgather")
 class AllGather(Dispatcher):
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots
+    ) -> tuple[Rows, ProcessGroup | None]:
         group, S = slots.group, slots.num_slots
         (T, K), J = routing.ids_TK.shape, slots.target_EJ.shape[1]
         X, C = comm.size(group) * T, min(K, S)
@@ -55,8 +48,7 @@ class AllGather(Dispatcher):
         x_XD = comm.gather(x_TD, dim=0, group=group)
         weights_XK = comm.gather(routing.weights_TK, dim=0, group=group)
         weights_M = gather(weights_XK.flatten(), choice_M, back_N1, ragged=True)
-        return Rows(x_XD, token_M, back_XC, offsets_S, weights_M, ragged=True), Ticket(token_M, back_XC, group)
+        return Rows(x_XD, token_M, back_XC, offsets_S, weights_M, ragged=True), group
 
-    def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        y_XD = gather_sum(y_MD, ticket.token_M, ticket.back_XC, ragged=True)
-        return comm.scatter_sum(y_XD, dim=0, group=ticket.group)
+    def combine(self, y_ND: Tensor, ticket: ProcessGroup | None) -> Tensor:
+        return comm.scatter_sum(y_ND, dim=0, group=ticket)

@@ -46,7 +46,6 @@ class Drop(Enum):
 class Ticket:
     token_X: Tensor  # (R*S*C,) token of each buffer row, -1 = empty
     back_TX: Tensor  # (T, K*J) buffer rows of each token, -1 = dropped
-    by_slot: tuple[Tensor, Tensor]  # (M,) arrival row of each slot-sorted row, and its inverse (M, 1)
     group: ProcessGroup | None
 
 
@@ -120,11 +119,10 @@ class Capacity(Dispatcher):
         ids_N = torch.where(keep_TK, routing.ids_TK, E).flatten()
         kept_E = routing.load_E.new_zeros(E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:E]
         rows = Rows(x_MD, index_M, arrive_M1, offsets_S, weights_M, dropped_E=routing.load_E - kept_E)
-        return rows, Ticket(token_X, back_TX, (index_M, arrive_M1), group)
+        return rows, Ticket(token_X, back_TX, group)
 
-    def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        y_XD = gather_sum(y_MD, *ticket.by_slot)
-        y_XD = comm.all_to_all(y_XD, recv=None, send=None, group=ticket.group)
+    def combine(self, y_ND: Tensor, ticket: Ticket) -> Tensor:
+        y_XD = comm.all_to_all(y_ND, recv=None, send=None, group=ticket.group)
         return gather_sum(y_XD, ticket.token_X, ticket.back_TX, ragged=True)
 
     def _factor(self, tokens: Tokens) -> float:

@@ -1,6 +1,6 @@
 """Dropless dispatch: variable-size all-to-all, no padding, no dropped tokens (MegaBlocks, arXiv 2211.15841).
 
-    alone:   x_TD --index--> rows by slot --experts--> y_MD --gather-and-sum--> y_TD           (no copy, no host sync)
+    alone:   x_TD --index--> rows by slot --experts, sum--> y_TD                                (no copy, no host sync)
     group:   x_TD -> sort by (peer, slot) -> all-to-all -> rows by slot -> experts -> all-to-all -> gather-and-sum
 
 With expert tensor parallelism each assignment is sent J times in that all-to-all, and the sum adds up the J parts.
@@ -54,8 +54,8 @@ class Dropless(Dispatcher):
         leg = Leg(send, recv, rows.regroup(recv_RS, num_rows=sum(recv)))
         return travel(x_TD, out, (leg,), load_RS=recv_RS, group=group)
 
-    def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        return back(y_MD, ticket)
+    def combine(self, y_ND: Tensor, ticket: Ticket) -> Tensor:
+        return back(y_ND, ticket)
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,12 @@ def travel(
     return Rows(x_MD, *legs[-1].order, offsets_S, weights_M), ticket
 
 
-def back(y_MD: Tensor, ticket: Ticket) -> Tensor:
-    """The same way back: (M, D) results -> (T, D), each token's sum."""
-    for leg in reversed(ticket.legs):
-        y_MD = gather_sum(y_MD, *leg.order)
-        y_MD = comm.all_to_all(y_MD, recv=leg.send, send=leg.recv, group=ticket.group)
-    return gather_sum(y_MD, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)
+def back(y_ND: Tensor, ticket: Ticket) -> Tensor:
+    """The same way back: (N, D) results, in the order of the last arrival -> (T, D), each token's sum."""
+    if not ticket.legs:
+        return y_ND
+    for i, leg in enumerate(reversed(ticket.legs)):
+        if i:
+            y_ND = gather_sum(y_ND, *leg.order)
+        y_ND = comm.all_to_all(y_ND, recv=leg.send, send=leg.recv, group=ticket.group)
+    return gather_sum(y_ND, ticket.token_N, ticket.back_TX, ragged=ticket.ragged)

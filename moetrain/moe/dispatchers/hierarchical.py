@@ -85,8 +85,8 @@ class Hierarchical(Dispatcher):
             legs = (Leg(send, held, rows.regroup(recv_RS, num_rows=sum(held))),)
         return travel(x_TD, out, legs, load_RS=recv_RS, group=group)
 
-    def combine(self, y_MD: Tensor, ticket: Ticket) -> Tensor:
-        return back(y_MD, ticket)
+    def combine(self, y_ND: Tensor, ticket: Ticket) -> Tensor:
+        return back(y_ND, ticket)
 
     def _on_a_node(self, ranks: int) -> int:
         """Of an expert group's ranks, which are consecutive; all, where one all-to-all will do."""
