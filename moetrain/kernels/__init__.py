@@ -7,7 +7,7 @@ Every backend is a function (rows, gate_up_S2FD, down_SDF, again=False) -> y_ND:
     gate_up_S2FD   (S, 2, F, D) gate and up projections of each slot's expert, "out, in"
     down_SDF       (S, D, F)
     again          whether backward computes silu(gate(x)) * up(x) again from gate(x) and up(x), rather than keep it
-    y_ND           for each row of x the sum over its rows of weights_M * down(silu(gate(x)) * up(x)), zero if it has none
+    y_ND           for each row of x the sum of its rows' weights_M * down(silu(gate(x)) * up(x)), zero if it has none
 """
 
 from collections.abc import Callable
