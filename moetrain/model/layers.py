@@ -119,11 +119,13 @@ class Rope(nn.Module):
         self.cfg, self.head_dim = cfg, head_dim
 
     def forward(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
-        """(S,) -> two (S, head_dim / 2) float64 tables, YaRN's attention factor included (its eq. 22)."""
+        """(S,) -> two (S, head_dim) float64 tables, of what multiplies an element and what its partner in the other
+        half; YaRN's attention factor included (its eq. 22)."""
         angle_SH = position_S.double()[:, None] * self.frequencies(position_S.device)
         stretch = self.cfg.scaling is Scaling.yarn and self.cfg.factor > 1
         factor = 0.1 * math.log(self.cfg.factor) + 1.0 if stretch else 1.0
-        return angle_SH.cos() * factor, angle_SH.sin() * factor
+        cos_SH, sin_SH = angle_SH.cos() * factor, angle_SH.sin() * factor
+        return torch.cat([cos_SH, cos_SH], dim=-1), torch.cat([-sin_SH, sin_SH], dim=-1)
 
     def frequencies(self, device: torch.device) -> Tensor:
         """(head_dim / 2,) float64 radians a position."""
@@ -148,6 +150,24 @@ class Rope(nn.Module):
 
 def rotate(x_BSHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """(B, S, heads, d) rotated by its position, halves paired as in Llama's published weights."""
-    cos_S1d, sin_S1d = (t.to(x_BSHd.dtype)[:, None, :] for t in rope)
+    return _Rotate.apply(x_BSHd, *(t.to(x_BSHd.dtype)[:, None, :] for t in rope))  # pyright: ignore
+
+
+class _Rotate(torch.autograd.Function):
+    """Passes over whole rows: over halves of heads, an elementwise kernel has 16 numbers at a time or so."""
+
+    @staticmethod
+    def forward(ctx, x_BSHd: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_S1d, sin_S1d)
+        return _turn(x_BSHd, cos_S1d, sin_S1d)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_BSHd: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos_S1d, sin_S1d = ctx.saved_tensors
+        return _turn(g_BSHd, cos_S1d, -sin_S1d), None, None
+
+
+def _turn(x_BSHd: Tensor, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
     a, b = x_BSHd.chunk(2, dim=-1)
-    return torch.cat([a * cos_S1d - b * sin_S1d, b * cos_S1d + a * sin_S1d], dim=-1)
+    return torch.cat([b, a], dim=-1).mul_(sin_S1d).add_(x_BSHd * cos_S1d)
