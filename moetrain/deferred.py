@@ -31,6 +31,11 @@ def splittable(on: bool = True) -> Iterator[None]:
         _recording = before
 
 
+def recording() -> bool:
+    """Whether weight gradients may be put off: only those of ``product`` and ``linear`` can."""
+    return _recording
+
+
 @contextlib.contextmanager
 def into(queue: Queue | None) -> Iterator[None]:
     """Backwards inside leave weight gradients of recorded products in ``queue``; None computes them at once."""

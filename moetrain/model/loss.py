@@ -25,6 +25,11 @@ def summed(logits_BSV: Tensor, targets_BS: Tensor, *, first_row: int = 0, group:
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
 
 
+def summed_of_head(x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> Tensor:
+    """``summed`` of x times the weight, on a CPU in float32 or wider and alone, with few passes over the logits."""
+    return _OfHead.apply(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())  # pyright: ignore[reportReturnType]
+
+
 def summed_in_chunks(
     x_BSD: Tensor,
     weight_VD: Tensor,
@@ -38,6 +43,29 @@ def summed_in_chunks(
     """``summed`` of x times the weight's first ``real_rows`` rows, the logits of ``step`` tokens there at a time."""
     found = _InChunks.apply(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten(), real_rows, first_row, group, step)
     return found  # pyright: ignore[reportReturnType]
+
+
+class _OfHead(torch.autograd.Function):
+    """Forward turns the logits into their gradient where they lie. What backward has to multiply it by is a number for
+    each token, which goes to the narrow factors and results of its two products."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        counted_T = targets_T != -100
+        column_T1 = torch.where(counted_T, targets_T, 0)[:, None]
+        scores_TV = x_TD @ weight_VD.t()
+        torch.log_softmax(scores_TV, -1, out=scores_TV)
+        loss = -torch.where(counted_T, scores_TV.gather(1, column_T1)[:, 0], 0).sum()
+        scores_TV.exp_().scatter_add_(1, column_T1, scores_TV.new_full(column_T1.shape, -1))
+        ctx.save_for_backward(x_TD, weight_VD, scores_TV, counted_T)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_TD, weight_VD, slope_TV, counted_T = ctx.saved_tensors
+        g_T1 = torch.where(counted_T, g, 0)[:, None]
+        return (slope_TV @ weight_VD).mul_(g_T1), slope_TV.t() @ (x_TD * g_T1), None
 
 
 class _CrossEntropy(torch.autograd.Function):

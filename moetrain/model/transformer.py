@@ -18,7 +18,7 @@ from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
 from moetrain.model.layers import Linear, RMSNorm, Rope, RopeConfig, SwiGLU
-from moetrain.model.loss import summed, summed_in_chunks
+from moetrain.model.loss import summed, summed_in_chunks, summed_of_head
 from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.types import Carry, Context
 from moetrain.rerun import remake, rerun
@@ -232,6 +232,9 @@ def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tenso
     if targets_BS is None:
         return score(x_BSD, rows)
     if rows.loss_rows == 0:
+        wide = x_BSD.dtype in (torch.float32, torch.float64)
+        if wide and rows.group is None and world.on_cpu(x_BSD) and torch.is_grad_enabled() and not deferred.recording():
+            return summed_of_head(x_BSD, rows.weight[: rows.size].to(x_BSD.dtype), targets_BS)
         return summed(score(x_BSD, rows), targets_BS, first_row=rows.first_row, group=rows.group)
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
     return summed_in_chunks(
