@@ -1,10 +1,11 @@
-"""Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; in low precision on a CPU, slot by slot."""
+"""Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; on a CPU slot by slot."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain import deferred, world
+from moetrain.kernels import slots
 from moetrain.moe.rows import ends_on_host, gather, gather_sum
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
@@ -92,10 +93,16 @@ _ROWS = 64
 
 
 def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
-    """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y."""
+    """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y where experts
+    are many; in float32 on a CPU the result, since there no hidden row is kept."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-    both_M2F = _grouped_mm(x_MD, gate_up_S2FD.flatten(1, 2), rows.offsets_S)
-    y_MD = rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+    gate_up_SHD = gate_up_S2FD.flatten(1, 2)
+    if x_MD.dtype is torch.float32 and world.on_cpu(x_MD) and not (again or deferred.recording()):
+        ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
+        y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
+    else:
+        both_M2F = _grouped_mm(x_MD, gate_up_SHD, rows.offsets_S)
+        y_MD = rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 

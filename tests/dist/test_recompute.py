@@ -281,9 +281,9 @@ def test_less_is_alive_the_more_is_computed_again(small_corpus, tmp_path) -> Non
         found[name] = peak(0, 1, config(small_corpus, tmp_path / "run", recompute=recompute | {"loss_rows": 16}, **LONG))
     rest = found["full"]
     assert rest < 0.5 * found["none"], found
-    assert rest < found["selective"] < 0.8 * found["none"], found
+    assert rest < found["selective"] < 0.9 * found["none"], found
     assert found["selective"] < found["norm"] < found["none"], found
-    assert found["every part"] < found["moe"] < 0.7 * found["none"], found
+    assert found["every part"] < found["moe"] < 0.75 * found["none"], found
     assert found["full"] < found["full, some layers, loss in chunks"] < found["none"], found
 
 
@@ -294,7 +294,7 @@ def test_logits_are_never_whole(small_corpus, tmp_path) -> None:
         cfg = config(small_corpus, tmp_path / "run", recompute=FULL | {"loss_rows": rows}, **wide)
         found[rows] = peak(0, 1, cfg)
     logits = 1024 * 8192 * 4
-    assert found[0] > 2.5 * logits, "what they and their gradient take"
+    assert logits < found[0] < 1.3 * logits, "their gradient takes their place"
     assert found[512] - found[256] == pytest.approx(256 * 8192 * 4, rel=0.01), "one chunk and nothing more"
     assert found[64] < 0.4 * logits
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from moetrain.kernels import grouped, reference
 from moetrain.model.attend import Visible
 from moetrain.model.attention import Attention, QKNorm
-from moetrain.model.layers import RMSNorm, Rope, RopeConfig
-from moetrain.model.loss import summed
+from moetrain.model.layers import RMSNorm, Rope, RopeConfig, rotate
+from moetrain.model.loss import summed, summed_of_head
 from moetrain.moe.types import Rows
 
 COUNTS = {"ragged": [37, 0, 90, 1], "all to one": [0, 128, 0, 0], "none": [0, 0, 0, 0], "even": [32] * 4}
@@ -85,3 +85,20 @@ def test_cross_entropy_of_narrow_logits() -> None:
     (got * 0.01).backward()
     assert error(narrow.grad, wide.grad) < 4e-3  # pyright: ignore
     assert narrow.grad[1, :7].abs().max() == 0  # pyright: ignore
+
+
+def test_cross_entropy_of_the_head() -> None:
+    x, weight = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    targets = torch.randint(11, (2, 6))
+    targets[1, :2] = -100
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    want, got = summed(F.linear(*leaves), targets), summed_of_head(*leaves, targets)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(0.01 * loss, leaves) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotation_s_gradient() -> None:
+    rope, x = Rope(RopeConfig(), head_dim=6)(torch.arange(3)), torch.randn(2, 3, 2, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rope), (x.requires_grad_(),))
+    torch.testing.assert_close(rotate(x, rope).norm(dim=-1), x.norm(dim=-1))
