@@ -107,7 +107,7 @@ def in_turns(
 ) -> dict[str, list[list[float]]]:
     """Each run once a round, A B C, B C A, ...: name -> what it returned, round by round; fewer where time is up.
 
-    A run is given the number of the round, to rotate its inputs by.
+    A run is given the number of the round, to rotate its inputs by. Who runs out of memory drops out, with its rounds.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in runs}
     for i in range(rounds):
@@ -115,7 +115,11 @@ def in_turns(
             break
         names = list(found)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            found[name].append(runs[name](i))
+            try:
+                found[name].append(runs[name](i))
+            except torch.OutOfMemoryError:
+                del found[name]
+                free()
     return found
 
 

@@ -32,6 +32,7 @@ from moetrain import kernels
 from moetrain.kernels import Kernel
 
 ROUNDS = 20
+TURNS = "out of memory where candidates took turns"
 
 
 def own_variants(bench: Bench) -> tuple[dict[str, Tried], str, dict[str, str]]:
@@ -87,11 +88,11 @@ def cell_of(
     assert run is not None
     least = 2 * T * D + 4 * T * K * F
     ratios = {t.who: beside(mine, found[t.who]) for t in theirs if t.who in found}
-    words = {t.who: f"not compared: {t.words}" for t in theirs if t.who not in found} | {
+    words = {t.who: f"not compared: {t.words or TURNS}" for t in theirs if t.who not in found} | {
         name: f"not compared: {why}" for name, why in missing.items()
     }
     others = {f"ours_{name}": f"{3 * flops / statistics.median(map(sum, found[name])) / 1e12:.4g} TFLOP/s"
-              for name in ours if name != auto}  # fmt: skip
+              for name in ours if name != auto and name in found}  # fmt: skip
     data = {
         "seconds": found, "ratios": ratios, "ceilings": {"matmul": tops.matmul, "copy": tops.copy}, "cublas_s": cublas,
         "kept_bytes": {n: t.run.kept for n, t in everybody(ours, theirs).items() if t.run},
@@ -177,7 +178,7 @@ def whole(bench: Bench, shape: tuple[int, ...], at: list[peers.Peer], missing: d
         layer=f"{both * 1e3:.4g} ms",
         **{f"{t.who}_({t.name})_over_ours": f"{shown(ratios[t.who]['both'])}, result {apart[t.who]:.1e} from ours"
            for t in theirs if t.who in ratios},
-        **{t.who: f"not compared: {t.words}" for t in theirs if t.who not in ratios},
+        **{t.who: f"not compared: {t.words or TURNS}" for t in theirs if t.who not in ratios},
         **{who: f"not compared: {why}" for who, why in missing.items()},
     ) | {"data": {"seconds": found, "ratios": ratios, "tried": [t.said() for t in bench.tried]}}  # fmt: skip
     save(known["name"], layer_cell(shape, WHOLE), cell, known["done"])

@@ -64,8 +64,10 @@ class Peer:
         except metadata.PackageNotFoundError:
             at = importlib.import_module(self.package).__file__
         assert at is not None
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        asked = subprocess.run(command, cwd=Path(at).parent, capture_output=True, text=True)
+        checkout = Path(at).parent.parent
+        if not (checkout / ".git").exists():
+            return "unknown"
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True)
         return f"commit {asked.stdout.strip()}" if asked.returncode == 0 else "unknown"
 
 

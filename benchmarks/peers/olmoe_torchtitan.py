@@ -3,12 +3,17 @@ each head here and over all of them in OLMoE. Run on a CPU (0.3.0) with sdpa: th
 ours having its norm over each head too. flex_attention and varlen need a GPU.
 """
 
+import importlib.util
 import re
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtitan import models
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
 from torchtitan.models.common.config_utils import (
@@ -18,10 +23,23 @@ from torchtitan.models.common.config_utils import (
     make_router_config,
 )
 from torchtitan.models.common.nn_modules import RMSNorm
-from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 
 from moetrain.job import Config
 from peers.steps import Stepper, compiled
+
+
+def qwen3() -> ModuleType:
+    """The file of its model alone: the package around it wants a newer FSDP2 than some torches have, to no use here."""
+    spec = importlib.util.spec_from_file_location("qwen3_model", Path(*models.__path__) / "qwen3" / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["qwen3_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MODEL = qwen3()
 
 NORMAL = {"weight": lambda x: nn.init.normal_(x, std=0.02), "bias": nn.init.zeros_}
 EXPERTS = dict.fromkeys(("w1_EFD", "w2_EDF", "w3_EFD"), NORMAL["weight"])
@@ -46,7 +64,7 @@ class Titan(Stepper):
             return RMSNorm.Config(normalized_shape=width, eps=m.norm_eps, param_init={"weight": nn.init.ones_})
 
         layers = [
-            Qwen3TransformerBlock.Config(
+            MODEL.Qwen3TransformerBlock.Config(
                 attention_norm=norm(m.dim), ffn_norm=norm(m.dim),
                 attention=make_gqa_config(
                     dim=m.dim, n_heads=m.num_heads, n_kv_heads=m.num_kv_heads, head_dim=head, wqkv_param_init=NORMAL,
@@ -68,7 +86,7 @@ class Titan(Stepper):
             )
             for _ in range(m.num_layers)
         ]  # fmt: skip
-        config = Qwen3Model.Config(
+        config = MODEL.Qwen3Model.Config(
             vocab_size=m.vocab_size, dim=m.dim, norm=norm(m.dim), layers=layers,
             tok_embeddings=Embedding.Config(num_embeddings=m.vocab_size, embedding_dim=m.dim, param_init=NORMAL),
             lm_head=Linear.Config(in_features=m.dim, out_features=m.vocab_size, param_init=NORMAL),

@@ -1,7 +1,8 @@
 """ScatterMoE's ``GLUMLP``: Triton kernels that gather and scatter inside the grouped GEMM (arXiv 2403.08245).
 
-A checkout of github.com/shawntan/scattermoe on the path (``PEERS``). Never run here: its kernels need a GPU. Its first
-projection gives (up, gate): it applies the activation to the second half.
+A checkout of github.com/shawntan/scattermoe on the path (``PEERS``). Its kernels need a GPU; the adapter has run on a
+CPU in Triton's interpreter (``TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1``), in float32: the interpreter's bf16 is not
+to be trusted. Its first projection gives (up, gate): it applies the activation to the second half.
 """
 
 import torch
