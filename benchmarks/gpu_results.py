@@ -3,7 +3,8 @@
     python benchmarks/gpu_results.py plan nvidia-h200 "NVIDIA H200"    every cell that is missing becomes "not measured"
     python benchmarks/gpu_results.py render                            print the tables and put them into docs/gpu.md
 
-A cell is measured, not measured (with why), or failed (with why). A later run replaces cells one by one; what was once
+A cell is measured, not measured (with why), or failed (with why); ``data`` is what the tables leave out: every time,
+every try, versions. A later run replaces cells one by one; what was once
 measured is replaced by a measurement or a failure, never by silence. Standard library only.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- results: made by benchmarks/gpu_results.py render -->", "<!-- end of results -->"
-STAGES = ("versions", "tests", "model", "layer", "train")
 STATUSES = ("measured", "not measured", "failed")
 SHAPES = [  # T tokens, D width, F expert width, E experts, K chosen
     (24576, 1536, 256, 128, 8),
@@ -30,13 +31,29 @@ SHAPES = [  # T tokens, D width, F expert width, E experts, K chosen
     (32768, 4096, 256, 256, 16),
     (32768, 4096, 1024, 64, 4),
 ]
-MICRO_BATCHES = (1, 2, 4)
+KINDS, WHOLE = ("random", "balanced", "Zipf"), "whole layer"  # routings of the experts alone; gate to sum
+DISPATCHERS, DISPATCH_SHAPES = ("dropless", "capacity", "allgather", "hierarchical"), (SHAPES[0], SHAPES[2])
+MICRO_BATCHES = (1, 2, 4, 8)
+PEERS_OF_STEP = ("transformers", "torchtitan")
+FASTEST, PHASES = "model: olmoe_1b_7b, fastest, order fixed or not", "model: olmoe_1b_7b, phases of a step"
 
 Cell = dict[str, Any]
 
 
-def layer_cell(shape: tuple[int, ...]) -> str:
-    return "layer: " + " ".join(f"{name}{n}" for name, n in zip("TDFEK", shape, strict=True)) + ", bf16"
+def named(shape: tuple[int, ...]) -> str:
+    return " ".join(f"{name}{n}" for name, n in zip("TDFEK", shape, strict=True)) + ", bf16"
+
+
+def layer_cell(shape: tuple[int, ...], kind: str) -> str:
+    return f"layer: {named(shape)}, {kind}"
+
+
+def dispatch_cell(shape: tuple[int, ...], dispatcher: str) -> str:
+    return f"dispatch: {named(shape)}, {dispatcher}, 1 rank"
+
+
+def step_cell(peer: str) -> str:
+    return f"model: olmoe_1b_7b beside {peer}"
 
 
 def model_cell(micro_batch: int, *, deterministic: bool = True) -> str:
@@ -62,7 +79,10 @@ def test_cell(module: str, function: str) -> str:
 
 def planned() -> list[str]:
     models = [*map(model_cell, MICRO_BATCHES), model_cell(1, deterministic=False)]
-    return ["versions", *test_cells(), *models, *map(layer_cell, SHAPES), *TRAIN_CELLS]
+    models += [FASTEST, *map(step_cell, PEERS_OF_STEP), PHASES]
+    layers = [layer_cell(shape, kind) for shape in SHAPES for kind in (*KINDS, WHOLE)]
+    dispatches = [dispatch_cell(shape, name) for shape in DISPATCH_SHAPES for name in DISPATCHERS]
+    return ["versions", *test_cells(), *layers, *dispatches, *models, *TRAIN_CELLS]
 
 
 def slug(device: str) -> str:
@@ -77,6 +97,17 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return asked.stdout.strip() or "unknown"
+
+
+def versions_here() -> dict[str, str]:
+    """Of what a measurement depends on, as far as it is here; for cells whose stage has run alone."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "triton", "moetrain", "transformers", "torchtitan", "megatron-core", "transformer-engine"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def measured(value: Any, unit: str = "", **details: Any) -> Cell:

@@ -20,7 +20,6 @@ import gc
 import itertools
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from intervals import interval
 from saving import save
 from torch import Tensor
 
@@ -229,17 +229,6 @@ def compare(name: str, pairs: int) -> dict:
         "peer_variants_ms": {name: round(t * 1e3, 1) for name, t in tried.items()},
         "load_average": {"before": before, "after": os.getloadavg()}, "seconds_per_step": found,
     }  # fmt: skip
-
-
-def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """95% interval of (median of theirs) / (median of ours), bootstrapped over pairs."""
-    rng = random.Random(0)
-    ratios = []
-    for _ in range(5000):
-        drawn = rng.choices(pairs, k=len(pairs))
-        ratios.append(statistics.median(b for _, b in drawn) / statistics.median(a for a, _ in drawn))
-    ratios.sort()
-    return ratios[125], ratios[4874]
 
 
 def device() -> str:

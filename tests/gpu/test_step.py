@@ -26,19 +26,16 @@ def error(run: Trainer, other: Trainer) -> float:
 
 @pytest.fixture
 def one_rank_group(device, tmp_path, monkeypatch):
-    """A world of one rank with a real process group (NCCL on a GPU), which every axis of the mesh then uses."""
+    """A world of one rank with a real process group (NCCL on a GPU), which the axes of the mesh then use."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     bound = {"device_id": device} if device.type == "cuda" else {}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=0, world_size=1, store=store, **bound)
-    build = Mesh.build.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
-    def with_group(cls, *args, **kwargs) -> Mesh:
-        mesh = build(cls, *args, **kwargs)
-        mesh._groups[(0,), ""] = dist.group.WORLD
-        return mesh
+    def group(self, view: str, *axes: str, use: str = ""):
+        return None if axes == ("cp",) else dist.group.WORLD  # one rank's chunk of a sequence is the sequence
 
-    monkeypatch.setattr(Mesh, "build", classmethod(with_group))
+    monkeypatch.setattr(Mesh, "group", group)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
@@ -81,12 +78,9 @@ def test_a_step_over_a_group_of_one_rank_equals_the_cpu(
 
 def _without_groups(cfg) -> Trainer:
     """One rank on the CPU under the plain mesh."""
-    patched = Mesh.build
-    try:
-        Mesh.build = classmethod(lambda cls, layout, *, rank, world, device: cls(layout.solve(world), rank, device, {}))
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(Mesh, "group", lambda *_, **__: None)
         return trainer(cfg, torch.device("cpu"))
-    finally:
-        Mesh.build = patched
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -36,7 +36,7 @@ def test_the_page_shows_the_results() -> None:
 def test_cells_are_merged_one_by_one(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GPU_RESULTS_DIR", str(tmp_path))
     monkeypatch.setenv("GPU_COMMIT", "abc")
-    first, second, *_ = (gpu_results.layer_cell(shape) for shape in gpu_results.SHAPES)
+    first, second, *_ = (gpu_results.layer_cell(shape, "random") for shape in gpu_results.SHAPES)
     gpu_results.record("A GPU 9", {first: gpu_results.measured(1.5, "TFLOP/s")})
     gpu_results.record("A GPU 9", {second: gpu_results.failed("no"), first: gpu_results.not_measured("skipped")})
     cells = json.loads((tmp_path / "a-gpu-9.json").read_text())["cells"]
@@ -50,15 +50,18 @@ def test_cells_are_merged_one_by_one(tmp_path, monkeypatch) -> None:
     assert cells["versions"]["status"] == "not measured"
 
 
-@pytest.mark.parametrize("stage", ["layer", "model"])
+@pytest.mark.parametrize("stage", ["layer", "dispatch", "model"])
 def test_the_benchmarks_run_on_a_cpu(tmp_path, stage) -> None:
     env = os.environ | {"PYTHON": sys.executable, "GPU_RESULTS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", "--small", stage]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = json.loads((tmp_path / "cpu.json").read_text())["cells"]
-    mine = [cell for name, cell in cells.items() if name.startswith(stage)]
-    assert [cell["status"] for cell in mine] == ["measured"] * 4
+    mine = {name: cell for name, cell in cells.items() if name.startswith(stage)}
+    assert len(mine) == {"layer": 16, "dispatch": 8, "model": 9}[stage]
+    for name, cell in mine.items():
+        absent = "beside" in name and cell.get("why", "").startswith("not compared: ModuleNotFoundError")
+        assert cell["status"] == "measured" or absent, f"{name}: {cell}"
 
 
 def test_a_gpu_is_missed_in_one_line(tmp_path) -> None:
