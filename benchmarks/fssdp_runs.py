@@ -159,7 +159,9 @@ def row_seconds(run: Trainer, times: int = 5) -> float:
     layer, t = run.model.moe_layers()[0], run.cfg.train
     experts, slots = layer.experts, len(layer.owned)
     each = t.micro_batch * t.seq_len * layer.cfg.router.top_k // slots
-    backend, _ = kernels.choose(layer.cfg.kernel, dtype=torch.float32, dim=layer.dim, hidden=layer.width)
+    backend, _ = kernels.choose(
+        layer.cfg.kernel, device=torch.device("cpu"), dtype=torch.float32, dim=layer.dim, hidden=layer.width
+    )
     index_M = torch.arange(each * slots)
     offsets_S = torch.arange(1, slots + 1, dtype=torch.int32) * each
     found = []

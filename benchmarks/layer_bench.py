@@ -33,7 +33,9 @@ class Own(Experts):
     def __init__(self, weights: Weights, *, kernel: Kernel) -> None:
         super().__init__()
         E, _, F, D = weights.gate_up_E2FD.shape
-        self.backend, self.why = kernels.choose(kernel, dtype=weights.down_EDF.dtype, dim=D, hidden=F)
+        self.backend, self.why = kernels.choose(
+            kernel, device=weights.down_EDF.device, dtype=weights.down_EDF.dtype, dim=D, hidden=F
+        )
         self.gate_up, self.down = peers.parameter(weights.gate_up_E2FD), peers.parameter(weights.down_EDF)
         self.slots = Slots(torch.arange(E, device=weights.down_EDF.device)[:, None], E)
 

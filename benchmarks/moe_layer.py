@@ -38,7 +38,9 @@ TURNS = "out of memory where candidates took turns"
 def own_variants(bench: Bench) -> tuple[dict[str, Tried], str, dict[str, str]]:
     """Ours by backend, the one that ``auto`` takes, and the words of those that refuse."""
     _, _, F, _, _ = bench.shape
-    chosen, why = kernels.choose(Kernel.auto, dtype=torch.bfloat16, dim=bench.shape[1], hidden=F)
+    chosen, why = kernels.choose(
+        Kernel.auto, device=bench.weights.down_EDF.device, dtype=torch.bfloat16, dim=bench.shape[1], hidden=F
+    )
     found, refused, auto = {}, {}, ""
     for kernel in Kernel:
         if kernel in (Kernel.auto, Kernel.reference):

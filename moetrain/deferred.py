@@ -31,11 +31,6 @@ def splittable(on: bool = True) -> Iterator[None]:
         _recording = before
 
 
-def recording() -> bool:
-    """Whether weight gradients may be put off: only those of ``product`` and ``linear`` can."""
-    return _recording
-
-
 @contextlib.contextmanager
 def into(queue: Queue | None) -> Iterator[None]:
     """Backwards inside leave weight gradients of recorded products in ``queue``; None computes them at once."""
@@ -54,6 +49,19 @@ def run(queue: Queue) -> None:
     queue.clear()
 
 
+def recording() -> bool:
+    """Whether weight gradients of now may be put off: those of ``product``, ``linear`` and who calls ``leave``."""
+    return _recording and torch.is_grad_enabled()
+
+
+def leave(used: Tensor, d_w: Callable[[Tensor, Tensor], Tensor], g: Tensor, x: Tensor) -> None:
+    """In a backward of what autograd has not seen use ``used``: its gradient is d_w(g, x), in the queue or at once."""
+    queue: Queue = [] if _queue is None else _queue
+    queue.append((used, d_w, g, x.detach()))  # without the graph that made it
+    if _queue is None:
+        run(queue)
+
+
 def product(
     x: Tensor,
     w: Tensor,
@@ -63,7 +71,7 @@ def product(
     d_w: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """``y(x, w)``, whose gradients are ``d_x(g, w)`` and ``d_w(g, x)``. ``w`` may be a view or cast of a parameter."""
-    if not (_recording and torch.is_grad_enabled() and x.requires_grad and w.requires_grad):
+    if not (recording() and x.requires_grad and w.requires_grad):
         return y(x, w)
     return _Product.apply(x, (w,), y, d_x, d_w)  # pyright: ignore[reportReturnType]
 
@@ -93,10 +101,6 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, w = ctx.saved_tensors
-        (used,), d_w = ctx.used, ctx.d_w
-        queue: Queue = [] if _queue is None else _queue
-        queue.append((used, d_w, g, x.detach()))  # without the graph that made it
         d_x = ctx.d_x(g, w)
-        if _queue is None:
-            run(queue)
+        leave(ctx.used[0], ctx.d_w, g, x)
         return d_x, None, None, None, None

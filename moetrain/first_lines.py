@@ -16,9 +16,8 @@ _MIB = 2**20
 def describe(trainer: Trainer) -> list[str]:
     cfg, world = trainer.cfg, trainer.world
     moe = cfg.model.moe
-    _, why = kernels.choose(
-        moe.kernel, dtype=trainer.dtype, dim=cfg.model.dim, hidden=-(-moe.hidden // trainer.mesh.layout.etp)
-    )
+    sizes = {"dim": cfg.model.dim, "hidden": -(-moe.hidden // trainer.mesh.layout.etp)}
+    _, why = kernels.choose(moe.kernel, device=world.device, dtype=trainer.dtype, **sizes)
     over = f" over {world.backend} ({_why(world, cfg.train.communication)})" if world.backend else ""
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {world.size} rank(s) on {world.device.type}{over}, "

@@ -103,7 +103,13 @@ def backends(cfg: Config) -> Iterator[Finding]:
         return
     moe = cfg.model.moe
     for name in (DType.bfloat16, DType.float32):
-        sizes = {"dtype": name.torch, "dim": cfg.model.dim, "hidden": -(-moe.hidden // cfg.layout.etp)}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        sizes = {
+            "device": device,
+            "dtype": name.torch,
+            "dim": cfg.model.dim,
+            "hidden": -(-moe.hidden // cfg.layout.etp),
+        }
         _, words = kernels.choose(Kernel.auto, **sizes)
         others: dict[str, str] = {}
         for kernel in Kernel:

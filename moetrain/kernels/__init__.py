@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import UserError
-from moetrain.kernels import grouped, reference
+from moetrain.kernels import fused, grouped, reference
 
 Backend = Callable[..., Tensor]
 
@@ -26,10 +26,18 @@ class Kernel(Enum):
     auto = "auto"
     reference = "reference"
     torch = "torch"
+    triton = "triton"
 
 
-def choose(kernel: Kernel, *, dtype: torch.dtype, dim: int, hidden: int) -> tuple[Backend, str]:
-    """The backend to run and one line on why; raises ``UserError`` where the one asked for cannot run this."""
+def choose(kernel: Kernel, *, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> tuple[Backend, str]:
+    """The backend to run and one line on why; raises ``UserError`` where the one asked for cannot run this.
+
+    ``auto`` does not take the Triton kernels: no GPU has measured them yet (docs/kernels.md).
+    """
+    if kernel is Kernel.triton:
+        if why := fused.unfit(device=device, dtype=dtype, dim=dim, hidden=hidden):
+            raise UserError(f"model.moe.kernel=triton: {why}; use model.moe.kernel=auto")
+        return fused.swiglu, "triton: asked for" + ", interpreted" * fused.interpreted()
     unfit = grouped.unfit(dtype=dtype, dim=dim, hidden=hidden)
     if kernel is Kernel.torch and unfit:
         raise UserError(f"model.moe.kernel=torch: {unfit}; use model.moe.kernel=auto or reference")

@@ -200,7 +200,8 @@ class MoE(nn.Module):
         target_EJ = placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
         slots = Slots(target_EJ, placement.num_slots, self.group)
         rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots)
-        backend, _ = kernels.choose(self.cfg.kernel, dtype=x_TD.dtype, dim=self.dim, hidden=self.width)
+        sizes = {"device": x_TD.device, "dtype": x_TD.dtype, "dim": self.dim, "hidden": self.width}
+        backend, _ = kernels.choose(self.cfg.kernel, **sizes)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend, replicas), ticket)
         if stays_TD is not None:
             y_TD = y_TD + stays_TD

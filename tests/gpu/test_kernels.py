@@ -1,10 +1,10 @@
-"""The grouped GEMM backend on the device against plain float64 matmuls: forward and every gradient, ragged counts."""
+"""The experts' kernels on the device against plain float64 matmuls: forward and every gradient, ragged counts."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from moetrain.kernels import grouped, reference
+from moetrain.kernels import fused, grouped, reference
 from moetrain.moe.rows import inverse
 from moetrain.moe.types import Rows
 
@@ -40,17 +40,19 @@ def compute(
     return {"y": y_ND.detach().double().cpu(), **grads}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", COUNTS)
-def test_grouped_mm_equals_float64(device, dtype, case) -> None:
-    counts, N = COUNTS[case], sum(COUNTS[case])
-    generator = torch.Generator().manual_seed(0)
+def inputs(counts: list[int], dtype: torch.dtype, *, seed: int) -> dict[str, Tensor]:
+    generator, N = torch.Generator().manual_seed(seed), sum(counts)
     shapes = {"x": (N, D), "weights": (N,), "gate_up": (E, 2, F, D), "down": (E, D, F), "g": (N, D)}
-    t = {n: torch.randn(shape, generator=generator).to(dtype) * 0.3 for n, shape in shapes.items()}
+    return {n: torch.randn(shape, generator=generator).to(dtype) * 0.3 for n, shape in shapes.items()}
+
+
+def against_float64(backend, device: torch.device, dtype: torch.dtype, case: str) -> None:
+    counts = COUNTS[case]
+    t = inputs(counts, dtype, seed=0)
     if device.type == "cuda":  # what is not written shows
         poison = [torch.full((n,), torch.nan, device=device) for n in (1 << 18, 1 << 20, 1 << 22)]
         del poison
-    got = compute(grouped.swiglu, counts, t, device, dtype)
+    got = compute(backend, counts, t, device, dtype)
     want = compute(reference.swiglu, counts, t, torch.device("cpu"), torch.float64)
     for name, expected in want.items():
         assert got[name].isfinite().all(), f"{name}: something was not written"
@@ -59,3 +61,49 @@ def test_grouped_mm_equals_float64(device, dtype, case) -> None:
             assert got[name][empty].abs().sum() == 0, f"{name}: experts without rows have a gradient of exactly zero"
         error = (got[name] - expected).norm() / expected.norm().clamp_min(1e-30)
         assert error <= TOLERANCE[dtype] or expected.norm() == 0, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", COUNTS)
+def test_grouped_mm_equals_float64(device, dtype, case) -> None:
+    against_float64(grouped.swiglu, device, dtype, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", COUNTS)
+def test_triton_equals_float64(device, dtype, case) -> None:
+    runs(device, dtype)
+    against_float64(fused.swiglu, device, dtype, case)
+
+
+def test_triton_is_as_near_as_grouped_mm(device) -> None:
+    """In bf16 at most 1.2 times as far from float64, forward and every gradient."""
+    runs(device, torch.bfloat16)
+    counts = COUNTS["random"]
+    t = inputs(counts, torch.bfloat16, seed=2)
+    want = compute(reference.swiglu, counts, t, torch.device("cpu"), torch.float64)
+    ours, theirs = (compute(b, counts, t, device, torch.bfloat16) for b in (fused.swiglu, grouped.swiglu))
+    for name, expected in want.items():
+        assert (ours[name] - expected).norm() <= 1.2 * (theirs[name] - expected).norm(), name
+
+
+def test_triton_block_sizes_give_the_same_bits(device) -> None:
+    """Which of them are taken is timed, and may differ from one start to the next."""
+    runs(device, torch.bfloat16)
+    from moetrain.kernels import triton_launch as launch
+
+    counts = COUNTS["random"]
+    t = inputs(counts, torch.bfloat16, seed=3)
+    first = compute(fused.swiglu, counts, t, device, torch.bfloat16)
+    for tuned in (launch._up, launch._rows, launch._down_grad, launch._weights):
+        every = tuned.configs
+        for config in every:
+            tuned.configs = [config]
+            again = compute(fused.swiglu, counts, t, device, torch.bfloat16)
+            assert all(torch.equal(again[name], x) for name, x in first.items()), str(config)
+        tuned.configs = every
+
+
+def runs(device: torch.device, dtype: torch.dtype) -> None:
+    if why := fused.unfit(device=device, dtype=dtype, dim=D, hidden=F):
+        pytest.skip(why)

@@ -195,11 +195,12 @@ def test_a_placement_that_loses_an_expert_is_refused() -> None:
 
 
 def test_kernel_choice_says_why() -> None:
-    assert "asked for" in choose(Kernel.reference, dtype=torch.float32, dim=8, hidden=8)[1]
-    assert "float64" in choose(Kernel.auto, dtype=torch.float64, dim=8, hidden=8)[1]
-    assert "multiples of 8" in choose(Kernel.auto, dtype=torch.bfloat16, dim=8, hidden=12)[1]
+    at = {"device": torch.device("cpu"), "dim": 8, "hidden": 8}
+    assert "asked for" in choose(Kernel.reference, dtype=torch.float32, **at)[1]
+    assert "float64" in choose(Kernel.auto, dtype=torch.float64, **at)[1]
+    assert "multiples of 8" in choose(Kernel.auto, dtype=torch.bfloat16, **at | {"hidden": 12})[1]
     with pytest.raises(UserError, match=r"use model\.moe\.kernel=auto"):
-        choose(Kernel.torch, dtype=torch.float64, dim=8, hidden=8)
+        choose(Kernel.torch, dtype=torch.float64, **at)
 
 
 def test_load_picture() -> None:
