@@ -97,7 +97,7 @@ def test_kill_9_in_a_step_and_in_a_save_loses_nothing(unbroken, small_corpus, tm
         return any(checkpoints.glob("life-*/step-*"))
 
     def in_step() -> bool:
-        return len(list(checkpoints.glob("step-*"))) > 0 and not in_save() and len(losses(folder)) % 2 == 1
+        return len(list(checkpoints.glob("step-*"))) > 0 and not in_save() and len(losses_so_far(folder)) % 2 == 1
 
     fired = {"step": 0, "save": 0}
     for kind, moment, at_least in (("step", in_step, 4), ("save", in_save, 9), ("save", in_save, 14)):
