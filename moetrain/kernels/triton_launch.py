@@ -178,10 +178,10 @@ _down_grad = _tuned(
     {"num_warps": 8, "num_stages": 3},
     {"num_warps": 8, "num_stages": 4},
 )
-_weights = _tuned(
+_weights = _tuned(  # rows are found through an index, a load before a load: of two stages one holds a tile
     gemm.weights_kernel,
     ["num_slots", "P", "Q", "GATHER_LEFT"],
-    {"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 4},
-    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "num_stages": 5},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 7},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 5},
 )
