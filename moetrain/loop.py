@@ -62,6 +62,7 @@ class Loop:
         self.asked: str | None = None  # by whom, to end it
         self.last: StepResult | None = None
         self.since, self.tokens = time.perf_counter(), 0
+        self.began = trainer.steps
 
     def _open(self) -> None:
         """The files of numbers, as far as the trainer's step."""
@@ -80,12 +81,18 @@ class Loop:
         before, step = trainer.consumed, trainer.steps + 1
         logged = due(step, self.cfg.logging.every) or step in (1, self.cfg.train.steps)
         where.at("forward", step=step)
+        since = time.perf_counter()
         with self.profile.step(step):
             result = trainer.step(
                 watch=logged and self.health is not None, replay=due(step, checks.replay_every),
                 norms=logged and self.cfg.logging.norms,
             )  # fmt: skip
         self.garbage.after(step)
+        if step == self.began + 1:
+            result.loss.item()  # the host waits, this once
+            self.log.info(
+                f"step {step} took {time.perf_counter() - since:.2f} s: a life's first also compiles and sets up"
+            )
         if due(step, checks.hash_every):
             trainer.check_copies()
         self.saver.poll(self.log)
