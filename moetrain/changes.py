@@ -42,6 +42,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",
         "PipelineConfig": "schedule chunks stages",
+        "Router": "fused",
         "RecomputeConfig": "mode parts layers loss_rows",
         "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset cache",
         "ShardingConfig": "dense experts accumulate",
