@@ -18,6 +18,8 @@ def describe(trainer: Trainer) -> list[str]:
     moe = cfg.model.moe
     sizes = {"dim": cfg.model.dim, "hidden": -(-moe.hidden // trainer.mesh.layout.etp)}
     _, why = kernels.choose(moe.kernel, device=world.device, dtype=trainer.dtype, **sizes)
+    if moe.router.fused:
+        why += f", {kernels.routing.check(device=world.device, dtype=trainer.dtype)}"
     over = f" over {world.backend} ({_why(world, cfg.train.communication)})" if world.backend else ""
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {world.size} rank(s) on {world.device.type}{over}, "

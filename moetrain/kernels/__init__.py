@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moetrain.config import UserError
 from moetrain.kernels import fused, grouped, reference
+from moetrain.kernels import routing as routing
 
 Backend = Callable[..., Tensor]
 

@@ -137,7 +137,7 @@ def _swaps(
     code_of_gpus = [
         (worlds, "on_cpu", lambda _: lambda at: False),
         (attend, "_by_piece", lambda _: _flash),
-        (attend, "_by_document", lambda _: _flash),
+        (attend, "_by_segment", lambda _: _flash),
     ]
     return (code_of_gpus if gpu else []) + [
         (parallel, "allocate", fakes_from_here),

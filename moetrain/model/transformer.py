@@ -27,7 +27,10 @@ from moetrain.where import here
 
 @config
 class ModelConfig:
-    """Shapes. ``first_dense`` layers come before any MoE layer; after them every ``moe_every``-th layer is MoE."""
+    """Shapes. ``first_dense`` layers come before any MoE layer; after them every ``moe_every``-th layer is MoE.
+
+    ``windows``: keys that a query sees, its own included, 0 = all; layer after layer, over and over.
+    """
 
     vocab_size: int = 4096
     dim: int = 256
@@ -39,6 +42,7 @@ class ModelConfig:
     qkv_bias: bool = False
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
+    windows: list[int] = field(default_factory=list)
     tie_embeddings: bool = False
     first_dense: int = 0
     moe_every: int = 1
@@ -63,6 +67,13 @@ class ModelConfig:
             raise UserError(
                 f"model.head_dim={self.width_of_heads} is odd: rotary positions pair dimensions, use an even one"
             )
+        if any(window < 0 for window in self.windows):
+            raise UserError(f"model.windows={self.windows}: use numbers of keys that a query sees, 0 for all")
+        if len(self.windows) > self.num_layers:
+            raise UserError(
+                f"model.windows={self.windows} has {len(self.windows)} numbers for model.num_layers={self.num_layers}: "
+                f"give at most one a layer, they repeat"
+            )
         if self.moe_every < 1:
             raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
         moe = self.moe
@@ -74,6 +85,10 @@ class ModelConfig:
     @property
     def width_of_heads(self) -> int:
         return self.head_dim or self.dim // self.num_heads
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees; 0: all."""
+        return self.windows[layer % len(self.windows)] if self.windows else 0
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_dense and (layer - self.first_dense) % self.moe_every == self.moe_every - 1
@@ -120,7 +135,7 @@ class Shared(NamedTuple):
     """What every block of a micro-batch uses, made once from its Context."""
 
     rope: tuple[Tensor, Tensor]  # of the positions that this rank's queries have
-    visible: Visible
+    visible: dict[int, Visible]  # of each window that a layer here has
 
 
 class Block(nn.Module):
@@ -136,7 +151,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, *, layer: int) -> None:
         super().__init__()
-        eps = cfg.norm_eps
+        eps, self.window = cfg.norm_eps, cfg.window(layer)
         self.attention_norm, self.ffn_norm = RMSNorm(cfg.dim, eps=eps), RMSNorm(cfg.dim, eps=eps)
         self.attention = Attention(
             cfg.dim, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads, head_dim=cfg.width_of_heads,
@@ -156,7 +171,7 @@ class Block(nn.Module):
     def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
         if self.moe is not None:
             self.moe.experts.prefetch()
-        attention = partial(self.attention, rope=shared.rope, visible=shared.visible)
+        attention = partial(self.attention, rope=shared.rope, visible=shared.visible[self.window])
         group, again = self.attention.group, self.rerun_attention
         x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
         if self.ffn is not None:
@@ -309,12 +324,15 @@ class Transformer(nn.Module):
         return predict(x, self.embedding, targets_BS)
 
     def shared(self, ctx: Context, x: Tensor) -> Shared:
-        """The rotary tables and the attention plan of a micro-batch, whose tokens or shard of activations ``x`` is."""
+        """The rotary tables and the attention plans of a micro-batch, whose tokens or shard of activations ``x`` is."""
         device, pieces = x.device, ctx.pieces or ((0, x.shape[1]),)
         cos, sin = self.rope(torch.cat([torch.arange(*piece, device=device) for piece in pieces]))
         length = ctx.length or x.shape[1]
         seen = ((0, length),) if self.ulysses else pieces
-        visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
+        build = partial(
+            Visible.build, pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device, rows=x.shape[0]
+        )
+        visible = {window: build(window=window) for window in {self.cfg.window(int(i)) for i in self.blocks}}
         return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
 
     def moe_layers(self) -> list[MoE]:

@@ -185,7 +185,10 @@ class MoE(nn.Module):
             sample_B=ctx.sample_B, key=(ctx.seed, ctx.step, self.layer), training=ctx.training, lagged_E=self.lagged_E,
         )  # fmt: skip
         logits_TE, carry = self.gate(x_TD, carry)
+        if self.cfg.router.fused:
+            kernels.routing.check(device=x_TD.device, dtype=x_TD.dtype)
         routing, again = self._route(logits_TE, ctx)
+        routing = replace(routing, fused=self.cfg.router.fused)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
         if self.zero_computation is not None:

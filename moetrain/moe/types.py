@@ -87,6 +87,7 @@ class Routing:
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
     zero_computation: ZeroComputationConfig | None = None  # the experts of the layer that nothing is sent to, if any
     top_k: int | None = None  # experts of an average token, which capacity is counted by; None = K
+    fused: bool = False  # whether a kernel of our own finds the order in which assignments go to experts
     own_TK: Tensor | None = None  # what the router would have chosen, where it was given its choices
 
     @cached_property
@@ -155,9 +156,13 @@ class GateConfig(ABC):
 
 @config
 class Router(ABC):
-    """Logits -> choices. Stateless: the gate's weight belongs to the layer, the bias to the balance terms."""
+    """Logits -> choices. Stateless: the gate's weight belongs to the layer, the bias to the balance terms.
+
+    ``fused``: by the Triton kernels of ``kernels/routing.py`` what they can do, which is the same.
+    """
 
     top_k: int = 2
+    fused: bool = False
 
     @property
     def tokens_choose(self) -> bool:

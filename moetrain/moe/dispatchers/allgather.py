@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import config
-from moetrain.moe.rows import gather, inverse
+from moetrain.moe import rows
+from moetrain.moe.rows import gather
 from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
 
 
@@ -36,8 +37,8 @@ class AllGather(Dispatcher):
         slot_XKJ = target_XKJ - comm.rank(group) * S
         slot_N = torch.where((slot_XKJ >= 0) & (slot_XKJ < S), slot_XKJ, S).amin(2).flatten()  # S = not here
 
-        order_N = slot_N.argsort(stable=True)
-        back_N1 = torch.where(slot_N < S, inverse(order_N), -1)[:, None]
+        order_N, back_N = rows.sort(slot_N, num_keys=S + 1, fused=routing.fused)
+        back_N1 = torch.where(slot_N < S, back_N, -1)[:, None]
         load_S = slot_N.new_zeros(S + 1).scatter_add_(0, slot_N, torch.ones_like(slot_N))[:S]
         offsets_S = load_S.cumsum(0, dtype=torch.int32)
         choice_M = order_N[: X * C]

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.config import config
 from moetrain.moe import rows
-from moetrain.moe.rows import gather, gather_sum, inverse
+from moetrain.moe.rows import gather, gather_sum
 from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
 
 
@@ -76,8 +76,7 @@ def outgoing(routing: Routing, target_EJ: Tensor, *, num_targets: int) -> Outgoi
     if routing.ragged:
         none_N = (routing.ids_TK < 0).flatten().repeat_interleave(J)
         target_N = torch.where(none_N, num_targets, target_N)
-    order_N = target_N.argsort(stable=True)
-    back_N = inverse(order_N)
+    order_N, back_N = rows.sort(target_N, num_keys=num_targets + routing.ragged, fused=routing.fused)
     if routing.ragged:
         back_N = torch.where(none_N, -1, back_N)  # pyright: ignore[reportPossiblyUnboundVariable]
     load_X = target_N.new_zeros(num_targets).scatter_(0, target_EJ.flatten(), routing.load_E.repeat_interleave(J))
