@@ -120,15 +120,20 @@ class SharedExpert(nn.Module):
         self.ffn, self.residual = SwiGLU(dim, hidden=cfg.shared_hidden), cfg.residual
         self.gate = Linear(dim, 2 if cfg.residual else 1) if cfg.residual or cfg.shared_gate else None
 
-    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
-        """(B, S, D) tokens and what the routed experts made of them -> (B, S, D) of all."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) tokens -> (B, S, D) of this expert, and (B, S, 1) what the routed ones weigh, None = 1."""
         y = self.ffn(comm.gather(x, dim=1, group=self.ffn.group))
         if self.gate is None:
-            return routed + y
+            return y, None
         if not self.residual:
-            return routed + y * self.gate(x).sigmoid()
+            return y * self.gate(x).sigmoid(), None
         weights = self.gate(x).softmax(-1)
-        return routed * weights[..., 1:] + y * weights[..., :1]
+        return y * weights[..., :1], weights[..., 1:]
+
+    @staticmethod
+    def join(routed: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
+        """What the routed experts made of them, and the two of ``forward`` -> (B, S, D) of all."""
+        return (routed if weight is None else routed * weight) + own
 
 
 class Shared(NamedTuple):
@@ -182,8 +187,11 @@ class Block(nn.Module):
 
     def _routed(self, h_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         assert self.moe is not None
-        y_BSD, carry = self.moe(h_BSD, carry, ctx)
-        return (y_BSD if self.shared is None else self.shared(h_BSD, y_BSD)), carry
+        if (shared := self.shared) is None:
+            return self.moe(h_BSD, carry, ctx)
+        found = []
+        y_BSD, carry = self.moe(h_BSD, carry, ctx, beside=lambda: found.extend(shared(h_BSD)))
+        return shared.join(y_BSD, *found), carry
 
     def _normed(
         self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False

@@ -8,6 +8,7 @@ Shape letters, used as name suffixes everywhere in moe/:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -258,6 +259,10 @@ class Balance:
         return bias_E
 
 
+def nothing() -> None:
+    """What is computed beside rows that travel where there is no shared expert."""
+
+
 @config
 class Dispatcher(ABC):
     """Moves tokens to the slots that hold their experts, and the results back. State goes into the ticket."""
@@ -275,10 +280,13 @@ class Dispatcher(ABC):
         return None
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Any]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
+    ) -> tuple[Rows, Any]:
         """(T, D) -> the rows of this rank's slots, and the ticket that ``combine`` needs.
 
         Every assignment to expert e becomes a row for each of its J slots, whose results are parts of a sum.
+        ``beside()`` is called once, where rows travel while they do (``comm.all_to_all_beside``).
         """
 
     @abstractmethod

@@ -11,6 +11,8 @@ computed: no host sync. Every rank of the group has the same number of tokens (p
 experts differ. With expert tensor parallelism the J parts are parts of the sum like any other.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,13 +21,13 @@ from moetrain import comm
 from moetrain.config import config
 from moetrain.moe import rows
 from moetrain.moe.rows import gather
-from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens, nothing
 
 
 @config(group="dispatcher", name="allgather")
 class AllGather(Dispatcher):
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
     ) -> tuple[Rows, ProcessGroup | None]:
         group, S = slots.group, slots.num_slots
         (T, K), J = routing.ids_TK.shape, slots.target_EJ.shape[1]
@@ -46,6 +48,7 @@ class AllGather(Dispatcher):
         token_M = torch.where(choice_M < 0, -1, choice_M // K)
         back_XC = back_N1.view(X, K).sort(1, descending=True).values[:, :C]
 
+        beside()
         x_XD = comm.gather(x_TD, dim=0, group=group)
         weights_XK = comm.gather(routing.weights_TK, dim=0, group=group)
         weights_M = gather(weights_XK.flatten(), choice_M, back_N1, ragged=True)
