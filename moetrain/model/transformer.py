@@ -177,12 +177,13 @@ class Block(nn.Module):
     def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
         if self.moe is not None:
             self.moe.experts.prefetch()
-        attention = partial(self.attention, rope=shared.rope, visible=shared.visible[self.window])
+        seen = {"rope": shared.rope, "visible": shared.visible[self.window]}
+        attention = partial(self.attention, **seen)
         group, again = self.attention.group, self.rerun_attention
         h_BSD = None
         if compiling.active(self.compiled) and group is None and not (again or self.remake_norms):
             norms = self.attention_norm, self.ffn_norm
-            x_BSD, h_BSD = self.attention.between(*norms, x_BSD, shared.rope, shared.visible)
+            x_BSD, h_BSD = self.attention.between(*norms, x_BSD, **seen)
         else:
             x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
         if self.ffn is not None:
