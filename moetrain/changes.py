@@ -47,7 +47,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset cache",
         "ShardingConfig": "dense experts accumulate",
         "TrainConfig": "validate_every validate_samples bigram exit_after deterministic device communication timeout "
-        "threads gc_every allocator",
+        "threads gc_every allocator compile",
         "TraceConfig": "enabled steps ranks memory",
     },
     Tag.trajectory: {

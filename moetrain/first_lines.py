@@ -24,7 +24,7 @@ def describe(trainer: Trainer) -> list[str]:
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {world.size} rank(s) on {world.device.type}{over}, "
         f"layout {trainer.mesh.layout}",
-        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}",
+        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}{'; dense parts compiled' * cfg.train.compile}",
         *_across(trainer.mesh.layout, world),
     ]
     if trainer.pipeline:

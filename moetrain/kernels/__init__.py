@@ -12,6 +12,7 @@ Every backend is a function (rows, gate_up_S2FD, down_SDF, again=False) -> y_ND:
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,3 +48,8 @@ def choose(kernel: Kernel, *, device: torch.device, dtype: torch.dtype, dim: int
     if unfit:
         return reference.swiglu, f"reference: {unfit}"
     return grouped.swiglu, "torch: F.grouped_mm"
+
+
+def compiled(backend: Backend) -> Backend:
+    """The same with what is between its matmuls compiled, where that is apart from them."""
+    return partial(backend, compiled=True) if backend is grouped.swiglu else backend

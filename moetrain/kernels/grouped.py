@@ -1,11 +1,14 @@
 """Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; on a CPU slot by slot."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain import deferred, world
+from moetrain import compiling, deferred, world
 from moetrain.kernels import slots
+from moetrain.kernels.activation import weighted
 from moetrain.moe.rows import ends_on_host, gather, gather_sum
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
@@ -92,21 +95,31 @@ def _round_up(rows: int) -> int:
 _ROWS = 64
 
 
-def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
+def swiglu(
+    rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False, compiled: bool = False
+) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y where experts
-    are many; in float32 on a CPU the result, since there no hidden row is kept."""
+    are many; in float32 on a CPU the result, since there no hidden row is kept. ``compiled``: what is between the
+    matmuls, and then the weight always multiplies the hidden row."""
+    compiled = compiling.active(compiled) and len(rows.index_M) > 1  # 0 and 1 are numbers apart to torch.compile
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
     gate_up_SHD = gate_up_S2FD.flatten(1, 2)
     if x_MD.dtype is torch.float32 and world.on_cpu(x_MD) and not (again or deferred.recording()):
         ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
-        y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
+        if compiled:
+            y_MD = slots.swiglu_compiled(x_MD, gate_up_SHD, down_SDF, rows.weights_M, ends)
+        else:
+            y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
     else:
         both_M2F = _grouped_mm(x_MD, gate_up_SHD, rows.offsets_S)
-        y_MD = rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+        down = partial(_down, compiled=compiled)
+        y_MD = rerun(down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
-def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor) -> Tensor:
-    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
-    hidden_MF = F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype)
-    return _grouped_mm(hidden_MF, down_SDF, offsets_S)
+def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor, *, compiled: bool) -> Tensor:
+    hidden = weighted
+    if compiled:
+        compiling.any_rows(both_M2F, weights_M)
+        hidden = compiling.compiled(weighted)
+    return _grouped_mm(hidden(both_M2F, weights_M), down_SDF, offsets_S)

@@ -63,6 +63,7 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
 
     Raises ``UserError`` where the config cannot run on ``world`` ranks. This process may not be in a process group.
     """
+    cfg = replace(cfg, train=replace(cfg.train, compile=False))  # fake tensors go through what is written
     layout = check(cfg, world=world)
     t = cfg.train
     n = micro_batches(cfg, layout)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, deferred, world
+from moetrain import comm, compiling, deferred, world
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
@@ -153,6 +153,7 @@ class Block(nn.Module):
     remake_norms: bool = False
     rerun_attention: bool = False
     rerun_moe: bool = False
+    compiled: bool = False
 
     def __init__(self, cfg: ModelConfig, *, layer: int) -> None:
         super().__init__()
@@ -176,13 +177,19 @@ class Block(nn.Module):
     def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
         if self.moe is not None:
             self.moe.experts.prefetch()
-        attention = partial(self.attention, rope=shared.rope, visible=shared.visible[self.window])
+        seen = {"rope": shared.rope, "visible": shared.visible[self.window]}
+        attention = partial(self.attention, **seen)
         group, again = self.attention.group, self.rerun_attention
-        x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
+        h_BSD = None
+        if compiling.active(self.compiled) and group is None and not (again or self.remake_norms):
+            norms = self.attention_norm, self.ffn_norm
+            x_BSD, h_BSD = self.attention.between(*norms, x_BSD, **seen)
+        else:
+            x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
         if self.ffn is not None:
-            return x_BSD + self._normed(self.ffn_norm, self.ffn, x_BSD, group=self.ffn.group), carry
+            return x_BSD + self._normed(self.ffn_norm, self.ffn, x_BSD, group=self.ffn.group, normed=h_BSD), carry
         routed = partial(self._routed, carry=carry, ctx=ctx.for_rerun() if self.rerun_moe else ctx)
-        y_BSD, carry = self._normed(self.ffn_norm, routed, x_BSD, again=self.rerun_moe)
+        y_BSD, carry = self._normed(self.ffn_norm, routed, x_BSD, again=self.rerun_moe, normed=h_BSD)
         return x_BSD + y_BSD, carry
 
     def _routed(self, h_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
@@ -194,9 +201,13 @@ class Block(nn.Module):
         return shared.join(y_BSD, *found), carry
 
     def _normed(
-        self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False
-    ) -> Any:
-        """``use`` of the normed x, S gathered over the group; whether ``use`` is computed ``again`` in backward."""
+        self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False,
+        normed: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """``use`` of the normed x, S gathered over the group; whether ``use`` is computed ``again`` in backward.
+        ``normed``: that is there already, without a group."""
+        if normed is not None:
+            return rerun(use, normed, on=again)
         whole = partial(comm.gather, dim=1, group=group)
         if again and not self.remake_norms:
             return rerun(lambda h: use(whole(h)), norm(x_BSD))
@@ -213,6 +224,7 @@ class Vocabulary(nn.Module):
 
     group: ProcessGroup | None = None
     loss_rows: int = 0  # tokens whose logits are held at a time for a loss; 0 = all
+    compiled: bool = False  # the loss of whole logits, on a GPU
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -257,8 +269,9 @@ def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tenso
     if rows.loss_rows == 0:
         wide = x_BSD.dtype in (torch.float32, torch.float64)
         if wide and rows.group is None and world.on_cpu(x_BSD) and torch.is_grad_enabled() and not deferred.recording():
-            return summed_of_head(x_BSD, rows.weight[: rows.size].to(x_BSD.dtype), targets_BS)
-        return summed(score(x_BSD, rows), targets_BS, first_row=rows.first_row, group=rows.group)
+            return summed_of_head(x_BSD, real(rows, rows.size).to(x_BSD.dtype), targets_BS)
+        logits_BSV = score(x_BSD, rows)
+        return summed(logits_BSV, targets_BS, first_row=rows.first_row, group=rows.group, compiled=rows.compiled)
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
     return summed_in_chunks(
         x_BSD, rows.weight, targets_BS, real_rows=rows.real_rows, first_row=rows.first_row, group=rows.group,
@@ -268,10 +281,15 @@ def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tenso
 
 def score(x_BSD: Tensor, rows: Vocabulary) -> Tensor:
     """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad; in a group, S is gathered."""
-    real = rows.real_rows
+    some = rows.real_rows
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
-    logits_BSV = deferred.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
-    return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+    logits_BSV = deferred.linear(x_BSD, real(rows, max(some, 1)).to(x_BSD.dtype))
+    return logits_BSV if some else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+
+
+def real(rows: Vocabulary, count: int) -> Tensor:
+    """(count, D) the first rows. Even a slice of all has its gradient copied into zeros: none is made of them."""
+    return rows.weight if count == rows.weight.shape[0] else rows.weight[:count]
 
 
 @dataclass(frozen=True)
