@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moetrain import compiling, deferred, world
 from moetrain.kernels import slots
-from moetrain.kernels.activation import weighted
 from moetrain.moe.rows import ends_on_host, gather, gather_sum
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
@@ -99,27 +98,30 @@ def swiglu(
     rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False, compiled: bool = False
 ) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y where experts
-    are many; in float32 on a CPU the result, since there no hidden row is kept. ``compiled``: what is between the
-    matmuls, and then the weight always multiplies the hidden row."""
-    compiled = compiling.active(compiled) and len(rows.index_M) > 1  # 0 and 1 are numbers apart to torch.compile
+    are many; in float32 on a CPU the result, since there no hidden row is kept. ``compiled``: what is between grouped
+    matmuls."""
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
     gate_up_SHD = gate_up_S2FD.flatten(1, 2)
     if x_MD.dtype is torch.float32 and world.on_cpu(x_MD) and not (again or deferred.recording()):
         ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
-        if compiled:
-            y_MD = slots.swiglu_compiled(x_MD, gate_up_SHD, down_SDF, rows.weights_M, ends)
-        else:
-            y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
+        y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
     else:
         both_M2F = _grouped_mm(x_MD, gate_up_SHD, rows.offsets_S)
+        compiled = compiling.active(compiled) and len(rows.index_M) > 1  # 0 and 1 are numbers apart to torch.compile
         down = partial(_down, compiled=compiled)
         y_MD = rerun(down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
 def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor, *, compiled: bool) -> Tensor:
-    hidden = weighted
+    hidden = _hidden
     if compiled:
         compiling.any_rows(both_M2F, weights_M)
-        hidden = compiling.compiled(weighted)
+        hidden = compiling.compiled(_hidden)
     return _grouped_mm(hidden(both_M2F, weights_M), down_SDF, offsets_S)
+
+
+def _hidden(both_M2F: Tensor, weights_M: Tensor) -> Tensor:
+    """gate(x) and up(x) side by side -> (M, F) silu(gate(x)) * up(x) times each row's weight."""
+    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
+    return F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype)

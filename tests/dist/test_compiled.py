@@ -14,7 +14,7 @@ from test_train import MODEL, TRAIN, close, config, curve, error, trainer
 from moetrain import compiling
 from moetrain.config import UserError, replace
 from moetrain.job import Config, check
-from moetrain.kernels import activation, grouped, reference
+from moetrain.kernels import grouped, reference
 from moetrain.layouts import Layout
 from moetrain.model.loss import _widened
 from moetrain.moe.types import Rows
@@ -96,9 +96,9 @@ def rows(sizes: list[int], dtype: torch.dtype) -> tuple[Rows, torch.Tensor, torc
     return Rows(leaf[0], index_M, index_M[:, None], offsets_S, leaf[1]), leaf[2], leaf[3]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_of_any_number_of_rows_are_as_near_the_truth(dtype) -> None:
+def test_experts_of_any_number_of_rows_are_as_near_the_truth() -> None:
     """Several calls with other counts, slots with no row, one and two among them: one compiled form for all."""
+    dtype = torch.bfloat16
     for sizes in ([5, 0, 9, 2], [1, 7, 3, 4], [0, 0, 40, 1], [1, 0, 0, 0]):
         found = {}
         for name, dt in (("truth", torch.float64), ("plain", dtype), ("compiled", dtype)):
@@ -113,8 +113,7 @@ def test_experts_of_any_number_of_rows_are_as_near_the_truth(dtype) -> None:
             found[name] = [y.detach(), *(t.grad for t in leaves)]
         for plain, mine, truth in zip(found["plain"], found["compiled"], found["truth"], strict=True):
             assert error(mine, truth) <= max(1.2 * error(plain, truth), 4 * torch.finfo(dtype).eps), sizes
-    functions = 2 if dtype is torch.float32 else 1  # there backward is one, too
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == functions, "one form for any number of rows"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one form for any number of rows"
 
 
 def test_the_compiled_loss_is_the_loss() -> None:
@@ -126,17 +125,6 @@ def test_the_compiled_loss_is_the_loss() -> None:
     (d_got,) = torch.autograd.grad(got, logits)
     assert error(got, want) < 1e-6
     assert error(d_got, d_want) < 1e-3
-
-
-def test_a_backward_written_by_hand_is_autograd_s() -> None:
-    both, weights = torch.randn(6, 8, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    leaves = both.requires_grad_(), weights.requires_grad_()
-    y, d = activation.weighted(*leaves), torch.randn(6, 4, dtype=torch.float64)
-    y.backward(d)
-    d_both, again, d_weights = activation.weighted_backward(both.detach(), d, weights.detach())
-    for got, want in ((d_both, both.grad), (again, y), (d_weights, weights.grad)):
-        assert want is not None
-        assert error(got, want) < 1e-14
 
 
 def test_schedules_that_put_weight_gradients_off_are_refused(small_corpus, tmp_path) -> None:
