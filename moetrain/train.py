@@ -78,13 +78,14 @@ class Trainer:
         parallel = parallelize(
             cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
             recompute_cfg=cfg.recompute, dtype=self.dtype,
+            weights=cfg.optim.weight_dtype.torch if cfg.optim.weight_dtype else None,
         )  # fmt: skip
         self.model, self.plan = parallel.model, parallel.plan
         self.pipeline, self.mover = parallel.pipeline, parallel.mover
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
         self.optimizer = Optimizer(
             cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()}, describe=self.describe,
-            group=self.mesh.group("fsdp", "replicate", "shard", "tp"),
+            group=self.mesh.group("fsdp", "replicate", "shard", "tp"), seed=cfg.seed,
         )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # steps done, samples seen
@@ -221,7 +222,7 @@ class Trainer:
         verdict = self.judge(total, norm) if self.judge else None
         skip = verdict.bad if verdict else None
         lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
-        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip), skip=skip)
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip), skip=skip, step=self.steps)
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
         most = max((x.num_choices for x in self.cfg.model.moe_configs), default=0)
