@@ -320,7 +320,10 @@ class Trainer:
         if "optim" in start.reset:
             tensors = {n: x for n, x in tensors.items() if not n.startswith("optim.")}
         allowed = self.cfg.run.allow_missing
-        report = checkpoint.load(start.folder, tensors, group=self.world.host_group, allow_missing=allowed)
+        weights = {n for n in tensors if n.startswith("model.")}  # optim.weight_dtype may have changed
+        report = checkpoint.load(
+            start.folder, tensors, group=self.world.host_group, allow_missing=allowed, convert=weights
+        )
         meta = report.meta
         check_same_data(meta, self.data, start)
         if start.weights_only:

@@ -1,8 +1,8 @@
 """AdamW (arXiv 1711.05101) on local shards, by one of three that compute the same: ``AdamW.words`` says which and why.
 
-    torch's fused kernel    where weights, gradients and averages have one dtype
-    pieces.py               where some are narrower: torch's operations, piece by piece
-    triton_adamw.py         the same in one kernel, where it is asked for
+torch's fused kernel    where weights, gradients and averages have one dtype
+pieces.py               where some are narrower: torch's operations, piece by piece
+triton_adamw.py         the same in one kernel, where it is asked for
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class AdamW:
         self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None,
         step: int | None = None,
     ) -> None:  # fmt: skip
-        """Gradients are scaled as they are read, or in place. ``step``, of the run, is needed where weights are rounded.
+        """Gradients are scaled as they are read, or in place. ``step``, of the run: needed where weights are rounded.
 
         Where ``skip``, () bool, is true, nothing changes; the host does not wait to know.
         """

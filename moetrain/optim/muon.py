@@ -134,7 +134,7 @@ class Muon:
         mu = self.muon.momentum
         decay = self.cfg.weight_decay if self.muon.weight_decay is None else self.muon.weight_decay
         ahead: dict[str, Tensor] = {}
-        for name, p in self.params.items():
+        for name in self.params:
             g, momentum = grads[name], self.momentum[name]
             if scale is not None:
                 g.mul_(scale.to(g.dtype))

@@ -45,7 +45,9 @@ class Optimizer:
         """``seed`` is the run's, for weights that are rounded stochastically."""
         self.cfg = cfg
         turned = [n for n, p in params.items() if kept(cfg, n, describe(n, p).shape) == ("momentum",)]
-        self.muon = Muon(cfg, {n: params[n] for n in turned}, describe=describe, group=group, seed=seed) if turned else None
+        self.muon = (
+            Muon(cfg, {n: params[n] for n in turned}, describe=describe, group=group, seed=seed) if turned else None
+        )
         others = {n: p for n, p in params.items() if n not in set(turned)}
         self.adamw = AdamW(cfg, others, decays=self._decays, describe=describe, seed=seed)
 
@@ -71,6 +73,11 @@ class Optimizer:
         self.adamw.step(grads, lr=lr, scale=scale, skip=skip, step=step)
         if self.muon is not None:
             self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale, skip=skip, step=step)
+
+    @property
+    def words(self) -> str:
+        """Who computes updates, and why."""
+        return ("Muon, and " if self.muon else "") + self.adamw.words
 
     @property
     def updates(self) -> int:

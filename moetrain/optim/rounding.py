@@ -2,7 +2,7 @@
 
 float32 is bfloat16 and 16 bits more. Those say how far a number is on its way from one neighbour to the next, away from
 zero; 16 random bits added to them carry into bfloat16's own with just that probability. What bfloat16 can represent
-has zeros there and never carries; nor do infinities, NaNs and what is past the largest bfloat16, which get nothing added.
+has zeros there and never carries. Infinities, NaNs and what is past the largest bfloat16 get nothing added.
 
 The bits of an element are a hash of (seed, step, parameter's name, its index in the logical tensor): four elements a
 hash (``counter.py``). So they have to know where the elements of a storage lie in the whole (``Run``).
@@ -68,7 +68,7 @@ def runs(logical: Logical, storage: Tensor) -> list[Run]:
         box = chunk.tensor
         if not box.numel():
             continue
-        at = box.storage_offset() - storage.storage_offset()
+        at = int(box.storage_offset() - storage.storage_offset())
         for run in _runs(tuple(box.shape), box.stride(), chunk.offsets, logical.shape, at):
             if found and (joined := _joined(found[-1], run)):
                 found[-1] = joined
