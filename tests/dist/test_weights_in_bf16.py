@@ -12,8 +12,8 @@ from torch import Tensor
 from moetrain import counter
 from moetrain.config import UserError, replace
 from moetrain.job import Config
-from moetrain.optim import StateDType
 from moetrain.parallel import state
+from moetrain.resume import start_from
 
 BF16 = TRAIN | {"dtype": "bfloat16"}
 OPTIM = {"lr": 1e-2, "warmup": 2, "clip": 0.5, "weight_dtype": "bfloat16", "state_dtype": "bfloat16"}
@@ -81,7 +81,9 @@ def wide(rank: int, world: int, cfg: Config) -> tuple[set[str], set[str], dict[s
 @pytest.mark.parametrize(("world", "layout"), [(1, {}), *LAYOUTS], ids=str)
 @pytest.mark.parametrize("accumulate", ["local", "sharded"])
 def test_gradients_stay_float32(ranks, small_corpus, tmp_path, world, layout, accumulate) -> None:
-    """And are bit for bit those of weights in float32 that bfloat16 represents: nothing is rounded on the way."""
+    """And are bit for bit those of masters in float32, which FSDP2 rounds before it gathers them, and others as they
+    are used: but for an embedding that is not sharded, whose float32 sum is rounded once a micro-batch, as a shard's is.
+    """
     model = FSSDP if layout.get("ep") else MODEL
     groups = {"model": model, "layout": layout, "train": BF16 | {"batch": 16}, "sharding": {"accumulate": accumulate}}
     cfg = config(small_corpus, tmp_path / "narrow", optim=OPTIM, **groups)
@@ -90,7 +92,11 @@ def test_gradients_stay_float32(ranks, small_corpus, tmp_path, world, layout, ac
     masters = replace(cfg, optim=replace(cfg.optim, weight_dtype=None))
     for (_, _, got), (_, _, want) in zip(found, ranks(world).run(wide, masters), strict=True):
         assert got.keys() == want.keys()
-        assert [name for name in want if not torch.equal(got[name], want[name])] == []
+        sharded = layout.get("dp", 1) * layout.get("cp", 1) > 1
+        other = [name for name in want if not torch.equal(got[name], want[name])]
+        assert other == [] if sharded else other in ([], ["embedding.weight"])
+        for name in other:
+            assert error(got[name], want[name]) < 2**-8
         assert any((g.bfloat16().float() != g).any() for g in got.values()), "sums of micro-batches are wider than bf16"
 
 
@@ -121,3 +127,55 @@ def test_resume_is_bit_exact(ranks, small_corpus, tmp_path, world, layout, model
     a, b = (whole.tensors(whole.newest(cfg.run.folder)) for cfg in (unbroken, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reload(rank: int, world: int, cfg: Config, folder: Path) -> Path | str:
+    """What a run that begins from ``folder`` has then, saved; or why it does not."""
+    run = trainer(rank, world, cfg)
+    try:
+        run.load(start_from(cfg, folder))
+    except UserError as e:
+        return str(e)
+    return run.save()
+
+
+def test_weights_are_widened_exactly_and_rounded_to_nearest_where_that_is_allowed(
+    ranks, small_corpus, tmp_path
+) -> None:
+    """Averages go on as they are: what they are kept in is a choice of its own. A warm start converts unasked."""
+    masters = {"weight_dtype": None, "state_dtype": None}
+    source = config(small_corpus, tmp_path / "source", train=BF16, optim=OPTIM | masters)
+    ranks(1).run(curve, source, 2)
+    saved = {"float32": whole.newest(source.run.folder)}
+    want = whole.tensors(saved["float32"])
+
+    def begun(kept: str, dtype: str | None, **run: object) -> dict[str, Tensor] | str:
+        name = f"{len(list(tmp_path.iterdir()))}"
+        cfg = config(
+            small_corpus, tmp_path / name, train=BF16, layout={"dp": 2, "ep": 2},
+            optim=OPTIM | {"state_dtype": None, "weight_dtype": dtype}, run={"dir": str(tmp_path), "name": name} | run,
+        )  # fmt: skip
+        found = ranks(2).run(reload, cfg, saved[kept])[0]
+        if isinstance(found, str):
+            return found
+        saved[name] = found
+        return whole.tensors(found)
+
+    said = begun("float32", "bfloat16", fork="source")
+    assert "optim.weight_dtype was null, is bfloat16" in said
+    assert "'run.allow=[optim.weight_dtype]'" in said
+    allow = {"fork": "source", "allow": ["optim.weight_dtype"]}
+    for more in (allow, {"warm_start": "source"}):
+        narrow = begun("float32", "bfloat16", **more)
+        assert isinstance(narrow, dict)
+        for name, x in want.items():
+            weight = name.startswith("model.") and "_E" not in name
+            expected = x.bfloat16() if weight else x
+            if weight or "fork" in more:
+                assert narrow[name].dtype == expected.dtype, name
+                assert torch.equal(narrow[name], expected), name
+    back = begun(list(saved)[1], None, **allow)
+    assert isinstance(back, dict)
+    for name, x in want.items():
+        assert back[name].dtype == x.dtype, name
+        assert torch.equal(back[name], x.bfloat16().float() if name.startswith("model.") and "_E" not in name else x)

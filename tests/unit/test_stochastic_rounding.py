@@ -1,4 +1,4 @@
-"""Weights in bfloat16: rounding is right on average and exact where it can be; the update is AdamW's, however it is cut."""
+"""Weights in bfloat16: rounding is right on average, exact where it can be; the update is AdamW's, in any pieces."""
 
 import math
 
@@ -92,9 +92,11 @@ def test_any_cut_draws_the_same_bits(shape) -> None:
 
 def test_experts_that_follow_one_another_are_one_run() -> None:
     storage = torch.zeros(4, 2, 8, 16)
-    of = lambda ids: Logical(  # noqa: E731
-        (9, 2, 8, 16), torch.bfloat16, tuple(Chunk((e, 0, 0, 0), storage[i : i + 1]) for i, e in enumerate(ids))
-    )
+
+    def of(ids: list[int]) -> Logical:
+        chunks = tuple(Chunk((e, 0, 0, 0), storage[i : i + 1]) for i, e in enumerate(ids))
+        return Logical((9, 2, 8, 16), torch.bfloat16, chunks)
+
     assert len(rounding.runs(of([3, 4, 5, 6]), storage)) == 1
     assert len(rounding.runs(of([0, 1, 7, 8]), storage)) == 2
     part = Logical((9, 2, 32, 16), torch.bfloat16, tuple(Chunk((e, 0, 8, 0), storage[e : e + 1]) for e in range(4)))
