@@ -66,8 +66,9 @@ def _across(layout: Layout, world: World) -> list[str]:
 
 
 def _optimizer(trainer: Trainer) -> str:
-    kept = "bfloat16, rounded stochastically" if trainer.optimizer.adamw.rounds else "as they are computed"
-    return f"{trainer.optimizer.words}; weights are kept {kept}"
+    kept = next(trainer.model.parameters()).dtype
+    rounded = ", rounded stochastically" if trainer.optimizer.adamw.rounds else ""
+    return f"{trainer.optimizer.words}; weights in {str(kept).removeprefix('torch.')}{rounded}"
 
 
 def _memory(trainer: Trainer) -> str:

@@ -118,10 +118,10 @@ class AdamW:
         known = triton_adamw.constants(like, size=constants.size, eps=constants.eps, **on)
         first, second = self.averages.values()
         for name, p in self.params.items():
-            decay = constants.decay if self.decays(name) else 1.0
+            g, decay = grads[name].contiguous(), constants.decay if self.decays(name) else 1.0
             for run in self.runs[name]:
                 triton_adamw.update(
-                    p, grads[name].contiguous(), first[name], second[name], known, run=run, key=keys.get(name),
+                    p, g, first[name], second[name], known, run=run, key=keys.get(name),
                     decay=decay, beta1=self.cfg.beta1, beta2=self.cfg.beta2,
                 )  # fmt: skip
 

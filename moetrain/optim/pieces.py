@@ -56,6 +56,7 @@ class Pieces:
         self.decays, device = decays, next(iter(weights.values())).device
         self.most = _ON_CPU * torch.get_num_threads() if world.on_cpu(device) else _ON_GPU
         self.pieces = [piece for decayed in (True, False) for piece in self._cut(runs, decayed)]
+        self.longest = max((parts[-1].at + parts[-1].run.numel for parts in self.pieces), default=0)
 
     def _cut(self, runs: dict[str, list[Run]], decayed: bool) -> list[list[Part]]:
         found: list[list[Part]] = [[]]
@@ -76,8 +77,8 @@ class Pieces:
         """``keys``: of the parameters that are rounded stochastically; where ``skip`` is true, nothing changes."""
         first = next(iter(grads.values()))
         wide = torch.promote_types(first.dtype, torch.float32)
-        rooms = [torch.empty(self.most, dtype=wide, device=first.device) for _ in range(4)]
-        drawn = torch.empty(self.most if keys else 0, dtype=torch.int16, device=first.device)
+        rooms = [torch.empty(self.longest, dtype=wide, device=first.device) for _ in range(4)]
+        drawn = torch.empty(self.longest if keys else 0, dtype=torch.int16, device=first.device)
         scale = None if scale is None else scale.to(wide)
         storages = [self.weights, {n: g.contiguous() for n, g in grads.items()}, *self.averages.values()]
         for parts in self.pieces:
