@@ -100,11 +100,13 @@ def test_gradients_stay_float32(ranks, small_corpus, tmp_path, world, layout, ac
         assert any((g.bfloat16().float() != g).any() for g in got.values()), "sums of micro-batches are wider than bf16"
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_pipeline_has_the_bits_of_one_rank(ranks, small_corpus, tmp_path, kind) -> None:
+@pytest.mark.parametrize(("kind", "schedule"), [("adamw", "zbv"), ("muon", "1f1b")])
+def test_a_pipeline_has_the_bits_of_one_rank(ranks, small_corpus, tmp_path, kind, schedule) -> None:
+    """Weight gradients that are put off too."""
     saved, curves = [], []
+    groups = {"model": MODEL | {"num_layers": 4}, "train": BF16, "pipeline": {"schedule": schedule}}
     for world, layout in ((1, {}), (2, {"dp": 1, "pp": 2})):
-        cfg = config(small_corpus, tmp_path / str(world), train=BF16, optim=OPTIM | {"kind": kind}, layout=layout)
+        cfg = config(small_corpus, tmp_path / str(world), optim=OPTIM | {"kind": kind}, layout=layout, **groups)
         curves.append(ranks(world).run(curve, cfg)[0])
         saved.append(whole.tensors(whole.newest(cfg.run.folder)))
     assert curves[0][0][0] == curves[1][0][0]
