@@ -20,7 +20,7 @@ from moetrain.optim.rounding import Run
 _ON_CPU = 2**16
 """Elements a thread has of a piece: five buffers of them are less than a core's cache."""
 _ON_GPU = 2**22
-"""There every operation is a kernel's start; what bounds the memory of a step is 80 MiB."""
+"""There every operation is a kernel's start; this bounds what a step takes to some 150 MiB."""
 
 
 @dataclass(frozen=True)
