@@ -18,7 +18,7 @@ from moetrain.resume import start_from
 BF16 = TRAIN | {"dtype": "bfloat16"}
 OPTIM = {"lr": 1e-2, "warmup": 2, "clip": 0.5, "weight_dtype": "bfloat16", "state_dtype": "bfloat16"}
 ODD = MODEL | {
-    "num_layers": 2, "dim": 18, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "dense_hidden": 7, "qk_norm": "full",
+    "num_layers": 2, "dim": 18, "num_heads": 4, "num_kv_heads": 1, "head_dim": 6, "dense_hidden": 7, "qk_norm": "full",
     "moe": MODEL["moe"] | {"num_experts": 12, "hidden": 5, "shared_hidden": 3},
 }  # fmt: skip
 FSSDP = MODEL | {"moe": MODEL["moe"] | {"placement": {"kind": "fssdp", "reshard_every": 2}}}
