@@ -40,6 +40,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "wandb_entity wandb_name sink_timeout nvml_every",
         "MoEConfig": "kernel placement",
         "ModelConfig": "pad_vocab_to",
+        "OptimConfig": "kernel",
         "PinnedCosts": "row hop expert hidden shared",
         "PipelineConfig": "schedule chunks stages",
         "Router": "fused",
@@ -68,7 +69,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "MuonConfig": "momentum ns_steps ns_dtype lr_scale weight_decay",
         "NoisyTopK": "gumbel jitter",
         "OptimConfig": "lr min_lr_ratio schedule warmup decay beta1 beta2 eps weight_decay decay_gates clip muon "
-        "freeze",
+        "freeze weight_dtype",
         "PerLayer": "top_k early_top_k early_steps",
         "RampConfig": "start increment samples",
         "Random": "k_min until_step balanced",

@@ -23,10 +23,18 @@ def key(*parts: int | str) -> int:
 
 def uniform(index: Tensor, *, key: int) -> Tensor:
     """(...) int64 counters -> (...) float64 in the open interval (0, 1), 53 bits each."""
-    z = index * _signed(_GAMMA) + key
-    z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
-    return (_shift(z ^ _shift(z, 31), 11).double() + 0.5) * 2.0**-53
+    return (_shift(mixed(index, key=key), 11).double() + 0.5) * 2.0**-53
+
+
+def mixed(index: Tensor, *, key: int) -> Tensor:
+    """(...) int64 counters -> (...) int64, all 64 bits random."""
+    z = index * _signed(_GAMMA)
+    z += key
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z ^= _shift(z, bits)
+        z *= _signed(factor)
+    z ^= _shift(z, 31)
+    return z
 
 
 def fill_normal_(box: Tensor, *, shape: tuple[int, ...], offsets: tuple[int, ...], key: int, std: float) -> None:
@@ -47,7 +55,7 @@ def fill_normal_(box: Tensor, *, shape: tuple[int, ...], offsets: tuple[int, ...
 
 def _shift(z: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's is arithmetic)."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(x: int) -> int:

@@ -30,7 +30,7 @@ def describe(trainer: Trainer) -> list[str]:
     if trainer.pipeline:
         sizes = ", ".join(str(len(stage.layers)) for stage in trainer.pipeline.stages)
         lines.append(f"pipeline {cfg.pipeline.schedule}: {len(trainer.pipeline.stages)} stages of {sizes} layers")
-    lines.append(_memory(trainer))
+    lines += [_optimizer(trainer), _memory(trainer)]
     lines += [found.words for found in moe.depends_on_layout if cfg.model.moe_layers]
     for name, corpus in trainer.data.corpora.items():
         lines.append(
@@ -63,6 +63,12 @@ def _across(layout: Layout, world: World) -> list[str]:
     words = [f"across nodes: {', '.join(cross)}"] if cross else []
     words += [f"within a node: {', '.join(within)}"] if within else []
     return [f"{world.size // node} nodes of {node} ranks; {'; '.join(words) or 'no group'}"]
+
+
+def _optimizer(trainer: Trainer) -> str:
+    kept = next(trainer.model.parameters()).dtype
+    rounded = ", rounded stochastically" if trainer.optimizer.adamw.rounds else ""
+    return f"{trainer.optimizer.words}; weights in {str(kept).removeprefix('torch.')}{rounded}"
 
 
 def _memory(trainer: Trainer) -> str:

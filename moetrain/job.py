@@ -91,7 +91,7 @@ class TrainConfig:
     batch: int = 32  # samples of a step, over all ranks
     micro_batch: int = 4  # consecutive samples of one forward: part of the run, not of the layout
     seq_len: int = 256
-    dtype: DType = DType.float32  # what the model computes in; weights and optimizer are float32 or wider
+    dtype: DType = DType.float32  # what the model computes in; what weights are kept in: optim.weight_dtype
     ramp: RampConfig = field(default_factory=RampConfig)
     validate_every: int = 0  # steps; 0 = at the end only
     validate_samples: int | None = None  # of each held-out set; None = all
@@ -170,6 +170,7 @@ def check(cfg: Config, *, world: int) -> Layout:
     parallelism.recompute.check(cfg.recompute, cfg.model)
     if cfg.train.compile:
         parallelism.compile.check(layout, cfg.pipeline)
+    cfg.optim.check_weights(cfg.train.dtype.torch)
     cfg.trace.check(world)
     t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:

@@ -19,7 +19,8 @@ def part(model: Transformer, plan: Plan, grads: dict[str, Tensor], *, optim: Opt
     first = next(iter(grads.values()))
     squares = zeros = torch.zeros((), dtype=torch.float64, device=first.device)
     if own:
-        norms = torch._foreach_norm(list(own.values()))  # pyright: ignore[reportPrivateImportUsage]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        norms = torch._foreach_norm(list(own.values()), dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack([n.double() for n in norms]).square().sum()
     for name in own:
         if not optim.frozen(name):

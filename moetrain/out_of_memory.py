@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain.job import Config
+from moetrain.job import Config, DType
 from moetrain.parallel.data import Accumulate
 from moetrain.parallel.recompute import Mode
 from moetrain.world import World
@@ -38,6 +38,8 @@ def hint(cfg: Config, world: World) -> str:
         other.append(f"train.micro_batch={t.micro_batch // 2}")
     if cfg.optim.state_dtype is None:
         other.append("optim.state_dtype=bfloat16")
+    if cfg.optim.weight_dtype is None and t.dtype is DType.bfloat16:
+        other.append("optim.weight_dtype=bfloat16")
     changed = f"; what changes the run: {', '.join(other)}" if other else ""
     config = cfg.run.folder / "config.yaml"
     return (

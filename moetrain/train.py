@@ -79,13 +79,14 @@ class Trainer:
         parallel = parallelize(
             cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
             recompute_cfg=cfg.recompute, dtype=self.dtype, compiled=cfg.train.compile,
+            weights=cfg.optim.weight_dtype.torch if cfg.optim.weight_dtype else None,
         )  # fmt: skip
         self.model, self.plan = parallel.model, parallel.plan
         self.pipeline, self.mover = parallel.pipeline, parallel.mover
         initialize(state.parameters(self.model, self.plan), cfg.model, seed=cfg.seed)
         self.optimizer = Optimizer(
             cfg.optim, {n: state.local(p) for n, p in self.model.named_parameters()}, describe=self.describe,
-            group=self.mesh.group("fsdp", "replicate", "shard", "tp"),
+            group=self.mesh.group("fsdp", "replicate", "shard", "tp"), seed=cfg.seed,
         )  # fmt: skip
         self.all_ranks = self.mesh.group("moe", "pp", "edp", "ep", "etp")
         self.steps = self.consumed = 0  # steps done, samples seen
@@ -222,7 +223,7 @@ class Trainer:
         verdict = self.judge(total, norm) if self.judge else None
         skip = verdict.bad if verdict else None
         lr = optim.lr_at(self.steps, steps=self.cfg.train.steps)
-        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip), skip=skip)
+        self.optimizer.step(grads, lr=lr, scale=clip_scale(norm, clip=optim.clip), skip=skip, step=self.steps)
         self.model.zero_grad()
         layers, moe, every = self.model.moe_layers(), self.cfg.model.moe, self.cfg.model.moe_layers
         most = max((x.num_choices for x in self.cfg.model.moe_configs), default=0)
@@ -320,7 +321,10 @@ class Trainer:
         if "optim" in start.reset:
             tensors = {n: x for n, x in tensors.items() if not n.startswith("optim.")}
         allowed = self.cfg.run.allow_missing
-        report = checkpoint.load(start.folder, tensors, group=self.world.host_group, allow_missing=allowed)
+        weights = {n for n in tensors if n.startswith("model.")}  # optim.weight_dtype may have changed
+        report = checkpoint.load(
+            start.folder, tensors, group=self.world.host_group, allow_missing=allowed, convert=weights
+        )
         meta = report.meta
         check_same_data(meta, self.data, start)
         if start.weights_only:

@@ -5,7 +5,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from moetrain.logical import Logical
 
 _SLAB = 4 * 2**20
 """Bytes that are summed at a time: small enough to be copied from the cache later."""
+
+_CONVERTED = {torch.float32, torch.bfloat16}
 
 Copy = tuple[Tensor, tuple[slice, ...]]
 """A view of a chunk to fill, and the part of a stored box to fill it from."""
@@ -57,8 +59,11 @@ def load(
     *,
     group: ProcessGroup | None,
     allow_missing: Sequence[str] = (),
+    convert: Collection[str] = (),
 ) -> Report:
     """Fills the chunks of ``tensors`` in place, under any layout; ranks of ``group`` may ask for different names.
+
+    ``convert`` are names that may be in float32 on disk and bfloat16 here, then rounded to nearest, or the other way.
 
     ``allow_missing`` are names, or prefixes up to a dot or slash, that need not be on disk: their chunks are left as
     they are. Raises ``UserError`` on every rank if a tensor is missing or differs in shape or dtype, ``DamagedError``
@@ -72,7 +77,7 @@ def load(
     def whole() -> dict[str, Any]:
         data = committed_index(folder)
         disk.append(decode(data, folder=folder))
-        found, missing = _match(folder, disk[0], tensors, allow_missing)
+        found, missing = _match(folder, disk[0], tensors, allow_missing, convert)
         wanted.update(found)
         _check(folder, disk[0], rank=wire.rank, ranks=wire.world)
         return {"sha256": hashlib.sha256(data).hexdigest(), "restored": list(wanted), "missing": missing}
@@ -91,7 +96,7 @@ def load(
 
 
 def _match(
-    folder: Path, index: Index, tensors: dict[str, Logical], allow_missing: Sequence[str]
+    folder: Path, index: Index, tensors: dict[str, Logical], allow_missing: Sequence[str], convert: Collection[str]
 ) -> tuple[dict[str, Logical], list[str]]:
     """Asked for -> what is on disk, and the names that are not but need not be."""
     wanted: dict[str, Logical] = {}
@@ -102,7 +107,9 @@ def _match(
         entry = index.tensors.get(name)
         if entry is None:
             (allowed if any(covers(prefix, name) for prefix in allow_missing) else absent).append(name)
-        elif (entry.shape, entry.dtype) != (tuple(logical.shape), logical.dtype):
+        elif entry.shape != tuple(logical.shape) or not (
+            entry.dtype == logical.dtype or (name in convert and {entry.dtype, logical.dtype} == _CONVERTED)
+        ):
             raise UserError(
                 f"{name} is {_text(logical.dtype, logical.shape)} here and {_text(entry.dtype, entry.shape)} in "
                 f"{folder}: a checkpoint of another model"

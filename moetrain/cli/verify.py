@@ -23,7 +23,16 @@ from moetrain.verify import faults
 from moetrain.verify import report as pages
 from moetrain.verify import shrink as shrinking
 from moetrain.verify.ranks import LocalRanks, Ranks, TheseRanks
-from moetrain.verify.session import ALONE, FailedError, Reference, Verdict, check_comparable, make_reference, verify
+from moetrain.verify.session import (
+    ALONE,
+    FailedError,
+    Reference,
+    Verdict,
+    check_comparable,
+    in_dtype,
+    make_reference,
+    verify,
+)
 from moetrain.world import join, launched, wanted_ranks
 
 USAGE = """usage: moetrain verify [OPTION ...] [KEY=VALUE ...]
@@ -226,7 +235,12 @@ def _trials(case: _Case, seed: int) -> dict[int, list[Layout]]:
 
 def _config(options: argparse.Namespace, words: list[str]) -> Config:
     cfg = compose(words)
-    return replace(cfg, train=replace(cfg.train, dtype=DType(options.dtype))) if options.dtype else cfg
+    if options.dtype is None:
+        return cfg
+    found = in_dtype(cfg, DType(options.dtype))
+    if found.optim.weight_dtype != cfg.optim.weight_dtype and rank_info().rank == 0:
+        print(f"optim.weight_dtype is left out: in {options.dtype} there is nothing to round", flush=True)
+    return found
 
 
 def _code(verdicts: list[Verdict]) -> int:

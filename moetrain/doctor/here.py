@@ -28,8 +28,6 @@ from moetrain.world import Device
 
 _SHM = 1 << 30
 _NOFILE = 4096
-_ADAM = 12
-"""Bytes of a parameter in a checkpoint: its master copy and two averages, in float32."""
 
 
 def look(cfg: Config) -> Iterator[Finding]:
@@ -222,6 +220,8 @@ def room(cfg: Config) -> Finding:
     there = next(p for p in (place, *place.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return bad("run.dir", f"{place} cannot be written: set run.dir to a folder that can")
-    free, wanted = shutil.disk_usage(there).free, _ADAM * flops.size(cfg.model).total
+    kept = cfg.optim.weight_dtype.torch if cfg.optim.weight_dtype else torch.float32
+    each = kept.itemsize + 2 * cfg.optim.dtype_of_state(kept).itemsize  # Adam's averages
+    free, wanted = shutil.disk_usage(there).free, each * flops.size(cfg.model).total
     words = f"{place}: {size(free)} free, a checkpoint takes some {size(wanted)}"
     return (ok if free > 2 * wanted else warning)("run.dir", words, {"free": free, "checkpoint": wanted})

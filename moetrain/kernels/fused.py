@@ -13,16 +13,23 @@ from moetrain.moe.types import Rows
 
 def unfit(*, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> str | None:
     """Why the Triton kernels cannot compute this, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'moetrain[gpu]')"
-    if world.on_cpu(device) and not interpreted():
-        return "Triton compiles for GPUs, and this is a CPU (TRITON_INTERPRET=1 interprets it, slowly)"
+    if why := unfit_at(device):
+        return why
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels do not take {dtype}"
     if interpreted() and dtype is torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 as if it were integers"
     if dim % 32 or hidden % 32:
         return f"the Triton kernels need widths that are multiples of 32 (dim {dim}, hidden {hidden})"
+    return None
+
+
+def unfit_at(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on ``device``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'moetrain[gpu]')"
+    if world.on_cpu(device) and not interpreted():
+        return "Triton compiles for GPUs, and this is a CPU (TRITON_INTERPRET=1 interprets it, slowly)"
     return None
 
 

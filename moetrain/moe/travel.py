@@ -83,8 +83,8 @@ class Replicas:
     """A layer's experts of one rank under one placement, its own among them. Every rank of ``group`` holds one.
 
     ``owned``: the parameters (k, ...), one row an expert. ``dtype`` is what is computed in, and what weights travel
-    in; gradients travel in ``wire`` (None: as they come, which is the weights' dtype where micro-batches were added
-    up) and are added up in the parameters' dtype.
+    in; gradients travel in ``wire`` (None: as they come, in the dtype of gradients where micro-batches were added
+    up) and are added up in the dtype of the parameters' gradients.
     """
 
     owned: tuple[nn.Parameter, ...]
@@ -186,9 +186,9 @@ class Replicas:
             self.add_up()
 
     def add_up(self) -> None:
-        """Keep the gradients of a micro-batch, added up in the parameters' dtype."""
-        if self.dtype != self.owned[0].dtype:
-            found = [g.to(p.dtype) for g, p in zip(self._taken(), self.owned, strict=True)]
+        """Keep the gradients of a micro-batch, added up in the dtype of the parameters' gradients."""
+        if self.dtype != self.owned[0].grad_dtype:
+            found = [g.to(p.grad_dtype) for g, p in zip(self._taken(), self.owned, strict=True)]
             self.sums = found if self.sums is None else [a.add_(b) for a, b in zip(self.sums, found, strict=True)]
 
     def reduce(self) -> None:
@@ -204,7 +204,7 @@ class Replicas:
         k, slots, trip = self.trip.owned, self.trip.slots, self.trip
         # parts of what lies there, not copies, unless that kept alive what has gone: for longer, or beside a cast of it
         copies = slots > k and (self.wire is not None or not self.last)
-        own = [g[:k].to(p.dtype, copy=copies) for g, p in zip(found, self.owned, strict=True)]
+        own = [g[:k].to(p.grad_dtype, copy=copies) for g, p in zip(found, self.owned, strict=True)]
         away = [g[k:slots].to(self.wire or g.dtype).contiguous() for g in found] if trip.travels else []
         back = [g.new_empty(len(trip.out), *g.shape[1:]) for g in away]
         self.sent += sum(g.nbytes for g in away)

@@ -6,6 +6,8 @@ from dataclasses import field
 from enum import Enum
 from fnmatch import fnmatchcase
 
+import torch
+
 from moetrain.config import UserError, config, nearest
 from moetrain.logical import DTypeName
 
@@ -24,6 +26,12 @@ class Schedule(Enum):
 class StateDType(DTypeName):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class UpdateKernel(Enum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
 
 
 @config
@@ -68,7 +76,9 @@ class OptimConfig:
     weight_decay: float = 0.1
     decay_gates: bool = True
     clip: float = 1.0  # global gradient norm; 0 = do not clip
-    state_dtype: StateDType | None = None  # of averages and momentum; None = as the master weights
+    state_dtype: StateDType | None = None  # of averages and momentum; None = what the update is computed in
+    weight_dtype: StateDType | None = None  # that weights are kept in; None = float32, or train.dtype where it is wider
+    kernel: UpdateKernel = UpdateKernel.auto  # what computes AdamW's update
     muon: MuonConfig = field(default_factory=MuonConfig)
     freeze: list[str] = field(default_factory=list)
 
@@ -87,6 +97,21 @@ class OptimConfig:
                     f"optim.freeze has {pattern!r}, which is the name of no parameter{nearest(pattern, kinds)} "
                     f"(* is any text; the first of {len(names)} is {names[0]!r})"
                 )
+
+    def dtype_of_state(self, weights: torch.dtype) -> torch.dtype:
+        """That of averages and momentum of weights that are kept in ``weights``."""
+        return torch.promote_types(weights, torch.float32) if self.state_dtype is None else self.state_dtype.torch
+
+    def check_weights(self, compute: torch.dtype) -> None:
+        """Raise ``UserError`` for weights that are kept in less than what the model computes in."""
+        if self.weight_dtype is None:
+            return
+        kept, words = self.weight_dtype.torch, str(compute).removeprefix("torch.")
+        if torch.promote_types(kept, compute) != kept:
+            raise UserError(
+                f"optim.weight_dtype={self.weight_dtype.value} with train.dtype={words}: weights are kept in no less "
+                f"than what is computed in; set train.dtype={self.weight_dtype.value} or optim.weight_dtype=null"
+            )
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

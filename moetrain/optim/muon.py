@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.logical import Chunk, Logical
+from moetrain.optim import rounding
 from moetrain.optim.config import OptimConfig
 from moetrain.optim.work import Batch, Piece, Trip, Unit, batches
 
@@ -62,6 +63,12 @@ class _Part:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
+    shape: tuple[int, ...]  # of the logical parameter
+    offsets: tuple[int, ...]  # in it
+
+    def logical(self, x: Tensor) -> Logical:
+        """``x`` of the sizes of this piece lies where it lies."""
+        return Logical(self.shape, x.dtype, (Chunk(self.offsets, x),))
 
     def of(self, storage: Tensor) -> Tensor:
         """That piece of a gradient."""
@@ -78,10 +85,10 @@ class Muon:
         *,
         describe: Callable[[str, Tensor], Logical],
         group: ProcessGroup | None,
+        seed: int,
     ) -> None:
-        self.cfg, self.muon, self.group = cfg, cfg.muon, group
-        dtypes = {n: p.dtype if cfg.state_dtype is None else cfg.state_dtype.torch for n, p in params.items()}
-        self.momentum = {n: torch.zeros_like(p, dtype=dtypes[n]) for n, p in params.items()}
+        self.cfg, self.muon, self.group, self.seed = cfg, cfg.muon, group, seed
+        self.momentum = {n: torch.zeros_like(p, dtype=cfg.dtype_of_state(p.dtype)) for n, p in params.items()}
         self.params = {n: p for n, p in params.items() if not cfg.frozen(n)}  # the frozen only have state
         self.describe = describe
         self.moved()
@@ -101,7 +108,7 @@ class Muon:
         for number, (name, p) in enumerate(params.items()):
             shadow = describe(name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
             for chunk, like in zip(describe(name, p).chunks, shadow.chunks, strict=True):
-                self._hold(number, name, chunk, like.tensor)
+                self._hold(number, name, chunk, like.tensor, shadow.shape)
         device = next(iter(params.values())).device
         self.batches = batches(
             _tables(list(self.parts), group=self.group, device=device),
@@ -109,35 +116,46 @@ class Muon:
             rank=comm.rank(self.group), steps=self.muon.ns_steps, at_once=_AT_ONCE,
         )  # fmt: skip
 
-    def _hold(self, number: int, name: str, chunk: Chunk, like: Tensor) -> None:
-        """``like``: the same box of contiguous storage that holds nothing."""
+    def _hold(self, number: int, name: str, chunk: Chunk, like: Tensor, shape: tuple[int, ...]) -> None:
+        """``like``: the same box of contiguous storage that holds nothing; ``shape``: of the whole parameter."""
         offsets, sizes = _in_four(chunk.offsets, 0), _in_four(tuple(chunk.tensor.shape), 1)
         for i in range(sizes[0]):
             one = slice(i, i + 1) if like.dim() > 2 else slice(None)
             strides, start = like[one].stride(), int(like[one].storage_offset())
-            part = _Part(name, chunk.tensor[one], tuple(like[one].shape), strides, start)
+            at = (chunk.offsets[0] + i, *chunk.offsets[1:])
+            part = _Part(name, chunk.tensor[one], tuple(like[one].shape), strides, start, shape, at)
             self.parts[number, offsets[0] + i, offsets[1:], sizes[1:]] = part
 
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None) -> None:
+    def step(
+        self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None,
+        step: int | None = None,
+    ) -> None:  # fmt: skip
         """Update in place with ``scale * grads``, which then hold what was made orthogonal; nothing where ``skip``."""
         mu = self.muon.momentum
         decay = self.cfg.weight_decay if self.muon.weight_decay is None else self.muon.weight_decay
         ahead: dict[str, Tensor] = {}
-        for name, p in self.params.items():
+        for name in self.params:
             g, momentum = grads[name], self.momentum[name]
             if scale is not None:
                 g.mul_(scale.to(g.dtype))
-            moved = momentum.to(p.dtype, copy=True).mul_(mu).add_(g)
+            moved = momentum.to(g.dtype, copy=True).mul_(mu).add_(g)
             momentum.copy_(moved if skip is None else torch.where(skip, momentum.to(moved.dtype), moved))
             ahead[name] = g.add_(moved, alpha=mu).contiguous()
-            p.mul_(1 - lr * decay if skip is None else 1 - lr * decay * (1 - skip.to(p.dtype)))
+        kept = 1 - lr * decay if skip is None else 1 - lr * decay * (1 - skip.double())
         for batch in self.batches:
             updates = self._compute(batch, self._travel(batch, batch.there, self._ahead(batch.there, ahead)))
             back = self._travel(batch, batch.back, _flat([updates[piece] for piece in batch.back.out], like=ahead))
             for piece, update in _cut(back, batch.back.into):
-                weights = self.parts[piece].weights
-                update = update.view(weights.shape)
-                weights.add_(update if skip is None else update.masked_fill(skip, 0), alpha=-lr)
+                part = self.parts[piece]
+                update = update.view(part.weights.shape)
+                update = update if skip is None else update.masked_fill(skip, 0)
+                if part.weights.dtype is update.dtype:
+                    part.weights.mul_(kept).add_(update, alpha=-lr)
+                    continue
+                assert step is not None, "which step it is decides how weights are rounded"
+                moved = part.weights.to(update.dtype).mul_(kept).add_(update, alpha=-lr)
+                key = rounding.key(self.seed, step, part.name)
+                part.weights.copy_(rounding.rounded(moved, part.logical(moved), key=key))
 
     def _ahead(self, trip: Trip, ahead: dict[str, Tensor]) -> Tensor:
         parts = [self.parts[piece] for piece in trip.out]

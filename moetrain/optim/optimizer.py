@@ -40,11 +40,16 @@ class Optimizer:
         *,
         describe: Describe = whole,
         group: ProcessGroup | None = None,
+        seed: int = 0,
     ) -> None:
+        """``seed`` is the run's, for weights that are rounded stochastically."""
         self.cfg = cfg
         turned = [n for n, p in params.items() if kept(cfg, n, describe(n, p).shape) == ("momentum",)]
-        self.muon = Muon(cfg, {n: params[n] for n in turned}, describe=describe, group=group) if turned else None
-        self.adamw = AdamW(cfg, {n: p for n, p in params.items() if n not in set(turned)}, decays=self._decays)
+        self.muon = (
+            Muon(cfg, {n: params[n] for n in turned}, describe=describe, group=group, seed=seed) if turned else None
+        )
+        others = {n: p for n, p in params.items() if n not in set(turned)}
+        self.adamw = AdamW(cfg, others, decays=self._decays, describe=describe, seed=seed)
 
     def _decays(self, name: str) -> bool:
         if name.endswith(("norm.weight", ".bias")):
@@ -52,8 +57,12 @@ class Optimizer:
         return self.cfg.decay_gates or ".moe.gate." not in name
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None) -> None:
-        """Update in place with ``scale * grads``; the gradients are used up, but those of frozen parameters.
+    def step(
+        self, grads: dict[str, Tensor], *, lr: float, scale: Tensor | None, skip: Tensor | None = None,
+        step: int | None = None,
+    ) -> None:  # fmt: skip
+        """Update in place with ``scale * grads``; the gradients are used up, but those of frozen parameters. ``step``,
+        of the run, is needed where weights are rounded.
 
         Where ``skip``, () bool, is true, it is as if there had been no step; a GPU's host does not wait to know.
         """
@@ -61,9 +70,14 @@ class Optimizer:
             if skip:
                 return
             skip = None
-        self.adamw.step(grads, lr=lr, scale=scale, skip=skip)
+        self.adamw.step(grads, lr=lr, scale=scale, skip=skip, step=step)
         if self.muon is not None:
-            self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale, skip=skip)
+            self.muon.step(grads, lr=lr * self.cfg.muon.lr_scale, scale=scale, skip=skip, step=step)
+
+    @property
+    def words(self) -> str:
+        """Who computes updates, and why."""
+        return ("Muon, and " if self.muon else "") + self.adamw.words
 
     @property
     def updates(self) -> int:
@@ -121,7 +135,7 @@ def check_saved(cfg: OptimConfig, saved: dict[str, tuple[tuple[int, ...], torch.
                 f"gates={str(cfg.muon.gates).lower()}) keeps {', '.join(wanted)}: restore the optim.kind that it was "
                 f"trained with, or start anew with another run.name"
             )
-        dtype = weight[1] if cfg.state_dtype is None else cfg.state_dtype.torch
+        dtype = cfg.dtype_of_state(weight[1])
         if other := [d for d in states.values() if d != dtype]:
             words, here = (str(d).removeprefix("torch.") for d in (other[0], dtype))
             raise UserError(

@@ -78,19 +78,21 @@ def parallelize(
     recompute_cfg: RecomputeConfig,
     dtype: torch.dtype,
     compiled: bool = False,
+    weights: torch.dtype | None = None,
 ) -> Parallel:
     """This rank's part of the model, zeros everywhere. ``dtype`` is what it computes in. Collective.
 
-    Master weights are float32, or float64 where the model computes in that.
+    Gradients and buffers are float32, or float64 where the model computes in that; ``weights`` too if that is None.
     """
-    master = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     every, pp = pipeline.stages(cfg, mesh.layout, stages), mesh.layout.pp
     mine = every if pp == 1 else [every[s] for s in stages.stages_of(mesh.index("dense", "pp"), pp=pp)]
     with torch.device("meta"):
-        model = Transformer(cfg, dtype=dtype, stages=tuple(mine)).to(master)
+        model = Transformer(cfg, dtype=dtype, stages=tuple(mine)).to(wide)
         experts = [layer.cfg.num_experts for layer in model.moe_layers()]
         grid = expert.grid_of(cfg, mesh.layout, experts=experts, sharding=sharding, dtype=dtype)
-        held = tensor.place(model, mesh) | expert.place(model, mesh, grid, dtype=master)
+        held = tensor.place(model, mesh) | expert.place(model, mesh, grid, dtype=wide)
+        data.keep_in(model, weights or wide)
     if cfg.tie_embeddings and pp > 1 and stages.rank_of(len(every) - 1, pp=pp) != 0:
         pipeline.tie(held, mesh)
     context.place(model, mesh, cfg=context_cfg)
@@ -100,6 +102,8 @@ def parallelize(
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, model, mesh)) for name, h in held.items()}
     allocate(model, mesh.device)
+    if weights not in (None, wide):
+        data.sum_in(model, wide)
     mover = None
     if cfg.moe_layers and isinstance(policy := cfg.moe.placement, Travelling):
         mover = Mover(model, mesh, held, policy=policy, grid=grid, sharding=sharding, dtype=dtype)

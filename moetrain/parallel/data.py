@@ -1,7 +1,9 @@
 """Data parallelism by FSDP2: experts over edp, everything else over dp*cp; every reduction is a plain SUM."""
 
 import itertools
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +76,27 @@ def shard(model: Transformer, mesh: Mesh, *, sharding: ShardingConfig, dtype: to
             model.set_modules_to_backward_prefetch([model])
         for stage in model.stages:
             _prefetch_along(stage, model)
+
+
+def keep_in(model: Transformer, dtype: torch.dtype) -> None:
+    """Weights alone, while the model is on meta: buffers stay what they are."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
+def sum_in(model: Transformer, dtype: torch.dtype) -> None:
+    """Gradients are added up, reduced and handed over in ``dtype``, where weights are kept in less."""
+    for p in model.parameters():
+        p.grad_dtype = dtype
+    for unit in model.modules():
+        for group in param_groups(unit) if isinstance(unit, FSDPModule) else ():
+            group._init_mp_dtypes = partial(_hand_over_in, dtype, group, group._init_mp_dtypes)
+
+
+def _hand_over_in(dtype: torch.dtype, group: Any, found_out: Callable[[], None]) -> None:
+    """FSDP2 would round what it has reduced to the weights' dtype."""
+    found_out()
+    group._orig_dtype = dtype
 
 
 class _Allocates:

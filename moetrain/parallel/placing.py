@@ -266,7 +266,9 @@ class Mover:
 
         names = [f"blocks.{layer.layer}.moe.experts.{weight}" for weight in _WEIGHTS]
         for weight, moved in zip(_WEIGHTS, travelled([getattr(experts, w).detach() for w in _WEIGHTS]), strict=True):
-            setattr(experts, weight, nn.Parameter(moved))
+            new = nn.Parameter(moved)
+            new.grad_dtype = getattr(experts, weight).grad_dtype
+            setattr(experts, weight, new)
         for states in optimizer.state().values():
             if names[0] in states:
                 states.update(zip(names, travelled([states[name] for name in names]), strict=True))

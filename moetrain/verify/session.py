@@ -4,6 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from moetrain.config import UserError, replace
 from moetrain.job import Config, DType, check
 from moetrain.layouts import Layout
@@ -46,6 +48,14 @@ def prepared(cfg: Config) -> Config:
     return replace(cfg, optim=replace(cfg.optim, warmup=0), train=replace(cfg.train, threads=1))
 
 
+def in_dtype(cfg: Config, dtype: DType) -> Config:
+    """``cfg`` computed in ``dtype``, in which weights are kept then, if it is wider than what they are kept in."""
+    kept = cfg.optim.weight_dtype
+    if kept is not None and torch.promote_types(kept.torch, dtype.torch) != kept.torch:
+        cfg = replace(cfg, optim=replace(cfg.optim, weight_dtype=None))
+    return replace(cfg, train=replace(cfg.train, dtype=dtype))
+
+
 def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = ALONE) -> Reference:
     """Run the reference of a case, which recomputes and compiles nothing; raises ``FailedError``, or ``UserError``
     where the model refuses its layout."""
@@ -56,7 +66,7 @@ def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = 
     plain = replace(cfg, recompute=RecomputeConfig(), train=replace(cfg.train, compile=False))
     rounded = None
     if cfg.train.dtype is DType.bfloat16:
-        exact = replace(plain, train=replace(plain.train, dtype=DType.float64))
+        exact = in_dtype(plain, DType.float64)
         _must(ranks.run(Job(exact, folder / "exact", alone)))
         path = ranks.lead(lambda: _keep(folder / "exact"))
         rounded = folder / "rounded"

@@ -36,6 +36,10 @@ CASES = {
     "recompute selective": (2, {"tp": 2, "ep": 2}, {"recompute": {"mode": "selective", "loss_rows": 64}}),
     "windows": (2, {"cp": 2}, {"model": BIG | {"windows": [40, 0]}, "recompute": {"mode": "selective"}}),
     "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
+    "weights in bfloat16": (
+        2, {"dp": 2, "ep": 2},
+        {"train": {"dtype": "bfloat16"}, "optim": {"weight_dtype": "bfloat16", "state_dtype": "bfloat16"}},
+    ),
     "zero-computation experts": (
         2, {"dp": 2, "ep": 2},
         {"model": BIG | {"moe": BIG["moe"] | {"zero_computation": dict.fromkeys(("zero", "copy", "constant", "nulls"), 2)}}},
@@ -85,8 +89,8 @@ def apart(fn, *args, **kwargs):
 @pytest.mark.parametrize("case", drawn(CASES, 3, of="dry runs"))
 def test_as_measured(ranks, small_corpus, tmp_path: Path, case) -> None:
     world, layout, groups = CASES[case]
-    train = LONG | {"batch": (2 if layout.get("pp", 1) == 1 else 8) * 2 * layout.get("dp", 1)}
-    cfg = config(small_corpus, tmp_path, **({"model": BIG} | groups), train=train, layout=layout)
+    train = LONG | groups.get("train", {}) | {"batch": (2 if layout.get("pp", 1) == 1 else 8) * 2 * layout.get("dp", 1)}
+    cfg = config(small_corpus, tmp_path, **({"model": BIG} | groups | {"train": train}), layout=layout)
     pp = layout.get("pp", 1)
     every = [apart(estimate, cfg, world=world, at=at) for at in range(pp)]
     measured = ranks(world).run(measure, cfg, [foretold.peak.total for foretold in every])

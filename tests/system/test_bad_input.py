@@ -45,6 +45,13 @@ CASES = {
     "garbage at negative steps": ("train.gc_every=-1", "train.gc_every=-1: steps cannot be negative"),
     "no Newton-Schulz step": ("optim=muon optim.muon.ns_steps=0", "optim.muon.ns_steps=0: has to be at least 1"),
     "a momentum that never fades": ("optim=muon optim.muon.momentum=1", "has to be at least 0 and below 1"),
+    "weights kept in less than is computed in": (
+        "optim.weight_dtype=bfloat16",
+        "optim.weight_dtype=bfloat16 with train.dtype=float32: weights are kept in no less than what is computed in; "
+        "set train.dtype=bfloat16",
+    ),
+    "an unknown dtype of weights": ("optim.weight_dtype=float16", "expected one of [float32, bfloat16]"),
+    "no such kernel of the optimizer": ("optim.kernel=cuda", "expected one of [auto, torch, triton]"),
     "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
     "routing kernels that add up three": (
         "router=group_limited model.moe.num_experts=32 model.moe.router.num_groups=4 model.moe.router.max_groups=2 "
