@@ -12,12 +12,13 @@ Every backend is a function (rows, gate_up_S2FD, down_SDF, again=False) -> y_ND:
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moetrain.config import UserError
-from moetrain.kernels import fused, grouped, reference
+from moetrain.kernels import float8, fused, grouped, reference
 
 Backend = Callable[..., Tensor]
 
@@ -29,11 +30,19 @@ class Kernel(Enum):
     triton = "triton"
 
 
-def choose(kernel: Kernel, *, device: torch.device, dtype: torch.dtype, dim: int, hidden: int) -> tuple[Backend, str]:
+def choose(
+    kernel: Kernel, *, device: torch.device, dtype: torch.dtype, dim: int, hidden: int, fp8_tile: int = 0
+) -> tuple[Backend, str]:
     """The backend to run and one line on why; raises ``UserError`` where the one asked for cannot run this.
 
     ``auto`` does not take the Triton kernels: no GPU has measured them yet (docs/kernels.md).
     """
+    if fp8_tile:
+        if kernel not in (Kernel.auto, Kernel.torch):
+            raise UserError(f"model.moe.kernel={kernel.value} has no float8: use model.moe.kernel=auto or fp8_tile=0")
+        if why := float8.unfit(dtype=dtype):
+            raise UserError(f"model.moe.fp8_tile={fp8_tile}: {why}; use bfloat16, or fp8_tile=0")
+        return partial(float8.swiglu, fp8_tile), f"torch: float8 e4m3 in tiles of {fp8_tile}, emulated in {dtype}"
     if kernel is Kernel.triton:
         if why := fused.unfit(device=device, dtype=dtype, dim=dim, hidden=hidden):
             raise UserError(f"model.moe.kernel=triton: {why}; use model.moe.kernel=auto")

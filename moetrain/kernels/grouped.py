@@ -28,7 +28,7 @@ def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
         return deferred.product(
             x_MI, w_SOI,
             y=lambda x, w: _RoundedRows.apply(x, w, ends),  # pyright: ignore[reportArgumentType]
-            d_x=lambda g, w: _by_slot(g, w, ends), d_w=lambda g, x: _weights_by_slot(g, x, ends),
+            d_x=lambda g, w: by_slot(g, w, ends), d_w=lambda g, x: weights_by_slot(g, x, ends),
         )  # fmt: skip
     return deferred.product(
         x_MI, w_SOI,
@@ -47,24 +47,24 @@ class _RoundedRows(torch.autograd.Function):
     def forward(ctx, x_MI: Tensor, w_SOI: Tensor, ends: list[int]) -> Tensor:
         ctx.save_for_backward(x_MI, w_SOI)
         ctx.ends = ends
-        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends)
+        return by_slot(x_MI, w_SOI.transpose(1, 2), ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MI, w_SOI = ctx.saved_tensors
-        d_x_MI = _by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
-        return d_x_MI, _weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
+        d_x_MI = by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
+        return d_x_MI, weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
 
 
-def _weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
+def weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
     d_w_SOI = g_MO.new_empty(len(ends), g_MO.shape[1], x_MI.shape[1])
     for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
         torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
     return d_w_SOI
 
 
-def _by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
+def by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
     """Slots in order: what one computes past its rows, the next overwrites."""
     y_MO = x_MI.new_empty(x_MI.shape[0], w_SIO.shape[2])
     for w_IO, start, end in zip(w_SIO, [0, *ends], ends, strict=False):

@@ -49,6 +49,7 @@ class MoEConfig:
     shared_gate: bool = False
     residual: bool = False
     kernel: kernels.Kernel = kernels.Kernel.auto
+    fp8_tile: int = 0  # numbers of a routed expert's factor that share a float8 scale; 0 = no float8
     gate: GateConfig = field(default_factory=LinearGateConfig)
     router: Router = field(default_factory=TopK)
     rounding: TokenRounding = field(default_factory=TokenRounding)
@@ -201,7 +202,7 @@ class MoE(nn.Module):
         slots = Slots(target_EJ, placement.num_slots, self.group)
         rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots)
         sizes = {"device": x_TD.device, "dtype": x_TD.dtype, "dim": self.dim, "hidden": self.width}
-        backend, _ = kernels.choose(self.cfg.kernel, **sizes)
+        backend, _ = kernels.choose(self.cfg.kernel, **sizes, fp8_tile=self.cfg.fp8_tile)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend, replicas), ticket)
         if stays_TD is not None:
             y_TD = y_TD + stays_TD
