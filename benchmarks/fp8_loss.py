@@ -10,18 +10,13 @@ Prints the table of docs/kernels.md and writes results/fp8-loss-cpu.json.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-from datetime import date
+import time
 from pathlib import Path
 
-import torch
-from saving import save
-
-import moetrain
+from saving import begin, end
 
 RESULTS = Path(__file__).parent / "results" / "fp8-loss-cpu.json"
 VARIANTS = {
@@ -46,7 +41,11 @@ def main() -> int:
         f"train.validate_every={EVERY}", "train.validate_samples=256", "train.bigram=false", "train.device=cpu",
         "health.pairs=false", "checkpoint.every=0", f"run.dir={args.dir}",
     ]  # fmt: skip
-    runs = []
+    began, runs = time.monotonic(), []
+    report = begin(
+        "the quickstart's model on one rank: its loss with the experts' products in float8 (e4m3, tiles of 128)",
+        words=words, variants=VARIANTS, last=LAST, validate_every=EVERY,
+    )  # fmt: skip
     for seed in range(1, args.seeds + 1):
         for variant, own in VARIANTS.items():
             name = f"{variant.replace(', ', '-').replace(' ', '-')}-{args.steps}-seed-{seed}"
@@ -60,13 +59,7 @@ def main() -> int:
             runs.append({"variant": variant, "seed": seed, **read(args.dir / name / "metrics.jsonl")})
             print(f"{name}: held out {runs[-1]['held_out'][-1]:.4f}", flush=True)
     print("\n".join(table(runs)))
-    if not args.no_write:
-        save(RESULTS, {
-            "what": "quickstart model, one rank: loss with the experts' products in float8 (e4m3, tiles of 128)",
-            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "date": str(date.today()),
-            "versions": {"moetrain": moetrain.__version__, "torch": torch.__version__}, "words": words,
-            "variants": VARIANTS, "last": LAST, "validate_every": EVERY, "runs": runs,
-        })  # fmt: skip
+    end(report | {"runs": runs}, RESULTS, began=began, write=not args.no_write)
     return 0
 
 
@@ -98,10 +91,15 @@ def table(runs: list[dict]) -> list[str]:
         far = [a["held_out"][-1] - b["held_out"][-1] for a, b in zip(mine, base, strict=True)]
         trained = [a["last"] - b["last"] for a, b in zip(mine, base, strict=True)]
         last = f"{statistics.mean(r['last'] for r in mine):.4f}"
-        lines.append(f"| {variant} | {' | '.join(held)} | {_spread(far, variant)} | {last} | {_spread(trained, variant)} |")
+        lines.append(
+            f"| {variant} | {' | '.join(held)} | {_spread(far, variant)} | {last} | {_spread(trained, variant)} |"
+        )
     spread = [of[BASE, s]["held_out"][-1] for s in seeds]
     if len(seeds) > 1:
-        lines += ["", f"Between seeds {BASE}'s last held-out loss has a standard deviation of {statistics.stdev(spread):.4f}."]
+        lines += [
+            "",
+            f"Between seeds {BASE}'s last held-out loss has a standard deviation of {statistics.stdev(spread):.4f}.",
+        ]
     return lines
 
 

@@ -53,6 +53,11 @@ def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = 
     ranks.lead(lambda: _clear(folder))
     cfg = replace(prepared(cfg), layout=layout)
     check(cfg, world=layout.world)
+    if cfg.model.moe_layers and cfg.model.moe.fp8_tile and cfg.train.dtype is DType.float32:
+        raise UserError(
+            f"model.moe.fp8_tile={cfg.model.moe.fp8_tile} with train.dtype=float32: a float32 that rounds to the next "
+            f"float8 number differs by more than float32's tolerance; compare with --dtype float64 or bfloat16"
+        )
     plain = replace(cfg, recompute=RecomputeConfig())
     rounded = None
     if cfg.train.dtype is DType.bfloat16:
