@@ -38,11 +38,7 @@ def choose(
     ``auto`` does not take the Triton kernels: no GPU has measured them yet (docs/kernels.md).
     """
     if fp8_tile:
-        if kernel not in (Kernel.auto, Kernel.torch):
-            raise UserError(f"model.moe.kernel={kernel.value} has no float8: use model.moe.kernel=auto or fp8_tile=0")
-        if why := float8.unfit(dtype=dtype):
-            raise UserError(f"model.moe.fp8_tile={fp8_tile}: {why}; use bfloat16, or fp8_tile=0")
-        return partial(float8.swiglu, fp8_tile), f"torch: float8 e4m3 in tiles of {fp8_tile}, emulated in {dtype}"
+        return _in_float8(kernel, fp8_tile, device=device, dtype=dtype, dim=dim, hidden=hidden)
     if kernel is Kernel.triton:
         if why := fused.unfit(device=device, dtype=dtype, dim=dim, hidden=hidden):
             raise UserError(f"model.moe.kernel=triton: {why}; use model.moe.kernel=auto")
@@ -55,3 +51,18 @@ def choose(
     if unfit:
         return reference.swiglu, f"reference: {unfit}"
     return grouped.swiglu, "torch: F.grouped_mm"
+
+
+def _in_float8(
+    kernel: Kernel, tile: int, *, device: torch.device, dtype: torch.dtype, dim: int, hidden: int
+) -> tuple[Backend, str]:
+    if why := float8.unfit(dtype=dtype):
+        raise UserError(f"model.moe.fp8_tile={tile}: {why}; use bfloat16, or fp8_tile=0")
+    if kernel is Kernel.triton:
+        sizes = {"device": device, "dim": dim, "hidden": hidden}
+        if why := fused.unfit(dtype=dtype, **sizes) or fused.unfit_float8(tile=tile, **sizes):
+            raise UserError(f"model.moe.kernel=triton with fp8_tile={tile}: {why}; use model.moe.kernel=auto")
+        return partial(fused.swiglu, in_float8=True), f"triton: asked for, float8 e4m3 in tiles of {tile}"
+    if kernel is Kernel.reference:
+        raise UserError("model.moe.kernel=reference has no float8: use model.moe.kernel=auto or fp8_tile=0")
+    return partial(float8.swiglu, tile), f"torch: float8 e4m3 in tiles of {tile}, emulated in {dtype}"
