@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import UserError
-from moetrain.kernels import float8, fused, grouped, reference
+from moetrain.kernels import float8, fused, grouped, reference, te
 
 Backend = Callable[..., Tensor]
 
@@ -28,6 +28,7 @@ class Kernel(Enum):
     reference = "reference"
     torch = "torch"
     triton = "triton"
+    te = "te"
 
 
 def choose(
@@ -43,6 +44,10 @@ def choose(
         if why := fused.unfit(device=device, dtype=dtype, dim=dim, hidden=hidden):
             raise UserError(f"model.moe.kernel=triton: {why}; use model.moe.kernel=auto")
         return fused.swiglu, "triton: asked for" + ", interpreted" * fused.interpreted()
+    if kernel is Kernel.te:
+        if why := te.unfit(device=device, dtype=dtype):
+            raise UserError(f"model.moe.kernel=te: {why}; use model.moe.kernel=auto")
+        return te.swiglu, "te: asked for"
     unfit = grouped.unfit(dtype=dtype, dim=dim, hidden=hidden)
     if kernel is Kernel.torch and unfit:
         raise UserError(f"model.moe.kernel=torch: {unfit}; use model.moe.kernel=auto or reference")
@@ -63,6 +68,6 @@ def _in_float8(
         if why := fused.unfit(dtype=dtype, **sizes) or fused.unfit_float8(tile=tile, **sizes):
             raise UserError(f"model.moe.kernel=triton with fp8_tile={tile}: {why}; use model.moe.kernel=auto")
         return partial(fused.swiglu, in_float8=True), f"triton: asked for, float8 e4m3 in tiles of {tile}"
-    if kernel is Kernel.reference:
-        raise UserError("model.moe.kernel=reference has no float8: use model.moe.kernel=auto or fp8_tile=0")
+    if kernel in (Kernel.reference, Kernel.te):
+        raise UserError(f"model.moe.kernel={kernel.value} has no float8: use model.moe.kernel=auto or fp8_tile=0")
     return partial(float8.swiglu, tile), f"torch: float8 e4m3 in tiles of {tile}, emulated in {dtype}"

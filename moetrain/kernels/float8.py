@@ -11,7 +11,6 @@ over an expert's rows, and which of them lie next to one another, and on which r
 along that sum would make it another run under every layout, so dW is not rounded (docs/numerics.md).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,7 +22,6 @@ from moetrain.config import UserError
 from moetrain.kernels import grouped
 from moetrain.moe.rows import gather, gather_sum
 from moetrain.moe.types import Rows
-from moetrain.rerun import rerun
 
 E4M3 = torch.float8_e4m3fn
 TILES = (8, 16, 32, 64, 128)
@@ -109,13 +107,8 @@ def swiglu(tile: int, rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, aga
     if world.on_cpu(x_MD) or grouped.unfit(dtype=x_MD.dtype, dim=D, hidden=hidden):
         ends = grouped.ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
     product = partial(_product, offsets_S=rows.offsets_S, ends=ends, tile=tile)
-    y_MD = rerun(_down, product(x_MD, gate_up_S2FD), rows.weights_M, down_SDF, product, on=again)
+    y_MD = grouped.sorted_swiglu(product, x_MD, gate_up_S2FD, down_SDF, rows.weights_M, again=again)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
-
-
-def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, product: Callable[..., Tensor]) -> Tensor:
-    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
-    return product(F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype), down_SDF)
 
 
 def _product(x_MI: Tensor, w: Tensor, *, offsets_S: Tensor, ends: list[int] | None, tile: int) -> Tensor:
@@ -138,24 +131,4 @@ def _product(x_MI: Tensor, w: Tensor, *, offsets_S: Tensor, ends: list[int] | No
             return grouped.weights_by_slot(g_MO, x_MI, ends).view(shape)
         return F.grouped_mm(g_MO.t(), x_MI, offs=offsets_S).view(shape)
 
-    def seen(x_MI: Tensor, w: Tensor) -> Tensor:
-        return _Seen.apply(x_MI, w, y, d_x, d_w)  # pyright: ignore[reportReturnType]
-
-    return deferred.product(x_MI, w, y=seen, d_x=d_x, d_w=d_w)
-
-
-class _Seen(torch.autograd.Function):
-    """A product whose weight autograd sees, with gradients that are not those of what was multiplied."""
-
-    @staticmethod
-    def forward(ctx, x_MI: Tensor, w: Tensor, y, d_x, d_w) -> Tensor:
-        ctx.save_for_backward(x_MI, w)
-        ctx.d_x, ctx.d_w = d_x, d_w
-        return y(x_MI, w)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MI, w = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return ctx.d_x(g_MO, w) if needs[0] else None, ctx.d_w(g_MO, x_MI) if needs[1] else None, None, None, None
+    return deferred.product(x_MI, w, y=y, d_x=d_x, d_w=d_w, own=True)

@@ -1,5 +1,8 @@
 """Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; on a CPU slot by slot."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,12 +104,18 @@ def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = 
         ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
         y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
     else:
-        both_M2F = _grouped_mm(x_MD, gate_up_SHD, rows.offsets_S)
-        y_MD = rerun(_down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+        product = partial(_grouped_mm, offsets_S=rows.offsets_S)
+        y_MD = sorted_swiglu(product, x_MD, gate_up_SHD, down_SDF, rows.weights_M, again=again)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
-def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor) -> Tensor:
+def sorted_swiglu(
+    product: Callable[..., Tensor], x_MD: Tensor, gate_up: Tensor, down: Tensor, weights_M: Tensor, *, again: bool
+) -> Tensor:
+    """Of rows by slot, by a ``product`` (M, I), (S, ..., I) -> (M, O); the weight multiplies the hidden row."""
+    return rerun(_down, product(x_MD, gate_up), weights_M, down, product, on=again)
+
+
+def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, product: Callable[..., Tensor]) -> Tensor:
     gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
-    hidden_MF = F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype)
-    return _grouped_mm(hidden_MF, down_SDF, offsets_S)
+    return product(F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype), down_SDF)

@@ -49,15 +49,15 @@ def prepared(cfg: Config) -> Config:
 def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = ALONE) -> Reference:
     """Run the reference of a case, which recomputes nothing; raises ``FailedError``, or ``UserError`` where the model
     refuses its layout."""
-    alone = layout.world == 1
-    ranks.lead(lambda: _clear(folder))
-    cfg = replace(prepared(cfg), layout=layout)
-    check(cfg, world=layout.world)
     if cfg.model.moe_layers and cfg.model.moe.fp8_tile and cfg.train.dtype is DType.float32:
         raise UserError(
             f"model.moe.fp8_tile={cfg.model.moe.fp8_tile} with train.dtype=float32: a float32 that rounds to the next "
             f"float8 number differs by more than float32's tolerance; compare with --dtype float64 or bfloat16"
         )
+    alone = layout.world == 1
+    ranks.lead(lambda: _clear(folder))
+    cfg = replace(prepared(cfg), layout=layout)
+    check(cfg, world=layout.world)
     plain = replace(cfg, recompute=RecomputeConfig())
     rounded = None
     if cfg.train.dtype is DType.bfloat16:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain import deferred
+from moetrain.cli.compose import compose
 from moetrain.config import UserError
 from moetrain.kernels import Kernel, choose, float8, grouped, reference
 from moetrain.moe.dispatchers.allgather import AllGather
@@ -15,6 +16,7 @@ from moetrain.moe.dispatchers.dropless import Dropless
 from moetrain.moe.layer import MoE, MoEConfig
 from moetrain.moe.rows import inverse
 from moetrain.moe.types import Context, Rows
+from moetrain.verify.session import make_reference
 
 # e4m3 without infinities: 8 steps in each power of two from 2^-6 to 2^8, of which the last is none, 7 below
 NORMAL = [(8 + m) * 2.0 ** (e - 3) for e in range(-6, 9) for m in range(8)][:-1]
@@ -276,3 +278,10 @@ def test_choice_and_refusals() -> None:
     float8.check(64, hidden=128, etp=2)
     with pytest.raises(UserError, match=r"does not divide the 100 .*use another layout\.etp or model\.moe\.hidden=256"):
         float8.check(128, hidden=200, etp=2)
+
+
+def test_float32_layouts_are_not_compared(tmp_path) -> None:
+    """Before any rank starts."""
+    cfg = compose(["experiment=verified", "model.moe.fp8_tile=8"])
+    with pytest.raises(UserError, match=r"fp8_tile=8 with train\.dtype=float32: .*--dtype float64 or bfloat16"):
+        make_reference(cfg, None, tmp_path)  # pyright: ignore
