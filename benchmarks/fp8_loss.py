@@ -1,6 +1,6 @@
 """The loss of float8 experts beside bfloat16 and float32: one small MoE model on real text, the same seeds for all.
 
-    python benchmarks/fp8_loss.py                    # trains what is not there yet in runs/fp8-loss, an hour and a half
+    python benchmarks/fp8_loss.py                    # trains what is not there yet in runs/fp8-loss, an hour
     python benchmarks/fp8_loss.py --seeds 1 --steps 100 --no-write
 
 Every run is ``moetrain train`` with ``experiment=quickstart`` on one rank and one thread; runs of a seed differ in
@@ -31,7 +31,7 @@ EVERY = 100  # steps between validations
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--dir", type=Path, default=Path("runs/fp8-loss"))
     parser.add_argument("--no-write", action="store_true")

@@ -58,6 +58,12 @@ def choose(
     return grouped.swiglu, "torch: F.grouped_mm"
 
 
+def check(kernel: Kernel, *, fp8_tile: int) -> None:
+    """Raise ``UserError`` for a backend that has no float8, wherever it runs."""
+    if fp8_tile and kernel in (Kernel.reference, Kernel.te):
+        raise UserError(f"model.moe.kernel={kernel.value} has no float8: use model.moe.kernel=auto or fp8_tile=0")
+
+
 def _in_float8(
     kernel: Kernel, tile: int, *, device: torch.device, dtype: torch.dtype, dim: int, hidden: int
 ) -> tuple[Backend, str]:
@@ -68,6 +74,5 @@ def _in_float8(
         if why := fused.unfit(dtype=dtype, **sizes) or fused.unfit_float8(tile=tile, **sizes):
             raise UserError(f"model.moe.kernel=triton with fp8_tile={tile}: {why}; use model.moe.kernel=auto")
         return partial(fused.swiglu, in_float8=True), f"triton: asked for, float8 e4m3 in tiles of {tile}"
-    if kernel in (Kernel.reference, Kernel.te):
-        raise UserError(f"model.moe.kernel={kernel.value} has no float8: use model.moe.kernel=auto or fp8_tile=0")
+    check(kernel, fp8_tile=tile)
     return partial(float8.swiglu, tile), f"torch: float8 e4m3 in tiles of {tile}, emulated in {dtype}"

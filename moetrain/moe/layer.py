@@ -109,6 +109,7 @@ class MoEConfig:
                 raise UserError(f"{e} (its experts are all {self.num_choices} choices, {words})") from e
 
     def __post_init__(self) -> None:
+        kernels.check(self.kernel, fp8_tile=self.fp8_tile)
         if self.residual and (self.shared_gate or not self.shared_hidden):
             raise UserError(
                 f"model.moe.residual=true with shared_hidden={self.shared_hidden} shared_gate={self.shared_gate}: it "
