@@ -30,12 +30,14 @@ NEAR = 2.0  # variants so much slower than a peer's best are not compiled
 class Own(Experts):
     """Ours with one backend: dispatch on one rank, experts, combine."""
 
-    def __init__(self, weights: Weights, *, kernel: Kernel) -> None:
+    def __init__(self, weights: Weights, *, kernel: Kernel, compiled: bool = False) -> None:
         super().__init__()
         E, _, F, D = weights.gate_up_E2FD.shape
         self.backend, self.why = kernels.choose(
             kernel, device=weights.down_EDF.device, dtype=weights.down_EDF.dtype, dim=D, hidden=F
         )
+        if compiled:
+            self.backend = kernels.compiled(self.backend)
         self.gate_up, self.down = peers.parameter(weights.gate_up_E2FD), peers.parameter(weights.down_EDF)
         self.slots = Slots(torch.arange(E, device=weights.down_EDF.device)[:, None], E)
 

@@ -3,12 +3,13 @@
     python benchmarks/moe_layer.py cuda "NVIDIA H200" [--small]
 
 Four shapes, three routings (``routings.py``), bf16. What is timed begins with tokens and their routing and ends with
-each token's sum, permutation included; flops are 6 T K D F forward and 12 T K D F backward, of real rows. Everybody
-has the same weights, and is held against float64 over all tokens before being timed. A peer is the best of its
-variants and of these compiled (``peers/``); what was tried, and what failed, is in the results. A peer that is not
-here, out of memory or wrong is "not compared". Ours are all of ``Kernel`` but ``auto`` and ``reference``; the figure is
-of the one that ``auto`` takes. Then candidates take turns: inputs rotate, the L2 is overwritten before each. Medians; a
-ratio has a 95% interval. Beside it the rate of cuBLAS for the same matmuls and the roofline of what was measured here.
+each token's sum, permutation included; flops are 6 T K D F forward and 12 T K D F backward, of real rows. Everybody has
+the same weights, and is held against float64 over all tokens before being timed. A peer is the best of its variants and
+of these compiled (``peers/``); what was tried, and what failed, is in the results. A peer that is not here, out of
+memory or wrong is "not compared". Ours are all of ``Kernel`` but ``auto`` and ``reference``, that of torch also with
+``train.compile``; the figure is of the one that ``auto`` takes. Then candidates take turns: inputs rotate, the L2 is
+overwritten before each. Medians; a ratio has a 95% interval. Beside it the rate of cuBLAS for the same matmuls and the
+roofline of what was measured here.
 
 A fourth row a shape: the whole layer, gate and top-k included, of those that have one.
 """
@@ -42,17 +43,20 @@ def own_variants(bench: Bench) -> tuple[dict[str, Tried], str, dict[str, str]]:
         Kernel.auto, device=bench.weights.down_EDF.device, dtype=torch.bfloat16, dim=bench.shape[1], hidden=F
     )
     found, refused, auto = {}, {}, ""
-    for kernel in Kernel:
-        if kernel in (Kernel.auto, Kernel.reference):
-            continue
-        tried = bench.attempt(
-            "ours", kernel.value, partial(Own, bench.weights, kernel=kernel), compiled=False, limit=60
+    ours = [(kernel, False) for kernel in Kernel if kernel not in (Kernel.auto, Kernel.reference)]
+    for kernel, compiled in (*ours, (Kernel.torch, True)):
+        name, make = (
+            kernel.value + "_compiled" * compiled,
+            partial(Own, bench.weights, kernel=kernel, compiled=compiled),
         )
+        tried = bench.attempt("ours", name, make, compiled=False, limit=60)
         if tried.run is None:
-            refused[kernel.value] = tried.words
+            refused[name] = tried.words
             continue
-        found[kernel.value] = tried
+        found[name] = tried
         assert isinstance(tried.run.module, Own)
+        if compiled:
+            continue
         if tried.run.module.backend == chosen or why.startswith(f"{kernel.value}:"):
             auto = kernel.value
     if not auto:

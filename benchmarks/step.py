@@ -6,8 +6,9 @@ Ours is ``Trainer.step`` as ``moetrain train`` runs it: batch, forward, loss, ba
 computing in bf16, while weights, gradients and optimizer state are float32 (16 bytes a parameter). 8 x 4,096 tokens a
 step: random ids, a fresh router. Peers (``peers/olmoe_*.py``) take the same batches with the same state of AdamW; of
 their implementations, attentions, compiled or not, and micro-batches, each is searched in turn for the fastest; ours
-for the fastest micro-batch, and for the order of sums not being fixed, as nobody else fixes it. Ours has its balance
-losses on top. Nobody recomputes. That it is the same model is shown on a small one first: losses from the same weights.
+for the fastest micro-batch, for the order of sums not being fixed, as nobody else fixes it, and with ``train.compile``.
+Ours has its balance losses on top. Nobody recomputes. That it is the same model is shown on a small one first: losses
+from the same weights.
 
 Where 16 layers do not fit, fewer are taken, for all that are compared, and the result says how many. The models do not
 fit beside each other, so that ours is measured before and after a peer; a ratio has a 95% interval over steps. MFU
@@ -50,6 +51,7 @@ from torch import Tensor
 from moetrain.config import replace
 from moetrain.job import Config
 from moetrain.model.flops import flops_per_token, size
+from moetrain.parallel import compile
 from moetrain.telemetry.hardware import peak_flops
 from moetrain.train import Trainer
 from moetrain.world import Communication, Device, join
@@ -57,9 +59,10 @@ from moetrain.world import Communication, Device, join
 LAYERS = (16, 14, 12, 10, 8, 6, 4)
 
 
-def put(trainer: Trainer, *, micro_batch: int, deterministic: bool) -> None:
-    t = replace(trainer.cfg.train, micro_batch=micro_batch, deterministic=deterministic)
+def put(trainer: Trainer, *, micro_batch: int, deterministic: bool, compiled: bool) -> None:
+    t = replace(trainer.cfg.train, micro_batch=micro_batch, deterministic=deterministic, compile=compiled)
     trainer.cfg = replace(trainer.cfg, train=t)
+    compile.place(trainer.model, on=compiled)
 
 
 def cell_of(trainer: Trainer, result: Any, times: list[float], peak_gib: float, first: float, device: Any) -> dict:
@@ -97,24 +100,31 @@ def ours(place: Place, layers: int, *, keep: bool) -> Speed:
     trainer.step()
     first = place.timer.seconds(start, place.timer.mark())
 
-    def attempt(micro_batch: int, *, deterministic: bool) -> None:
+    def attempt(micro_batch: int, *, deterministic: bool, compiled: bool = False) -> None:
         nonlocal best, full
-        key = model_cell(micro_batch, deterministic=deterministic)
+        key = model_cell(micro_batch, deterministic=deterministic) + ", compiled" * compiled
         why = f"{layers} layers with micro-batches of {full} do not fit already" if full else ""
         if full is None or micro_batch < full:
             try:
                 trainer.model.zero_grad()
                 free()
-                put(trainer, micro_batch=micro_batch, deterministic=deterministic)
+                put(trainer, micro_batch=micro_batch, deterministic=deterministic, compiled=compiled)
                 results: list[Any] = []
                 times, peak = place.times(lambda: results.append(trainer.step()), steps=place.steps, warmup=1)
                 assert results[-1].loss.isfinite().item(), f"the loss is {results[-1].loss.item()}"
             except torch.OutOfMemoryError:
                 if micro_batch == 1 and deterministic:
                     raise
-                full, why = micro_batch, f"{layers} layers: out of memory"
+                why = f"{layers} layers: out of memory"
+                full = full if compiled else micro_batch
+            except Exception as error:
+                if not compiled:
+                    raise
+                why = one_line(error)
             else:
-                words = f"micro-batch {micro_batch}{'' if deterministic else ', order not fixed'}"
+                words = (
+                    f"micro-batch {micro_batch}{'' if deterministic else ', order not fixed'}{', compiled' * compiled}"
+                )
                 tried.append({"setting": words, "seconds": times})
                 cells[key] = cell_of(trainer, results[-1], times, peak, first, place.device)
                 if best is None or statistics.median(times) < best.seconds:
@@ -130,6 +140,8 @@ def ours(place: Place, layers: int, *, keep: bool) -> Speed:
     for micro_batch in sorted({1, best.cfg.train.micro_batch}):
         attempt(micro_batch, deterministic=False)
     assert best is not None
+    fast = best.cfg.train
+    attempt(fast.micro_batch, deterministic=fast.deterministic, compiled=True)
     if keep:
         for key in cells:
             if key in planned():
@@ -142,14 +154,14 @@ def again(place: Place, layers: int, speed: Speed) -> list[float]:
     """Ours after a peer: whether the machine is as it was."""
     trainer = place.trainer(layers)
     t = speed.cfg.train
-    put(trainer, micro_batch=t.micro_batch, deterministic=t.deterministic)
+    put(trainer, micro_batch=t.micro_batch, deterministic=t.deterministic, compiled=t.compile)
     return place.times(trainer.step, steps=place.steps, warmup=WARMUP)[0]
 
 
 def by_phase(place: Place, trainer: Trainer, best: Speed) -> None:
     t = best.cfg.train
     try:
-        put(trainer, micro_batch=t.micro_batch, deterministic=t.deterministic)
+        put(trainer, micro_batch=t.micro_batch, deterministic=t.deterministic, compiled=t.compile)
         found = phases.seconds(trainer, steps=1 if place.small else 2)
         works = phases.work(trainer, micro_batch=t.micro_batch)
         words = phases.table(found, works, place.tops)

@@ -6,13 +6,14 @@
 Both sides take whole training steps (batch, forward, loss, backward, clip, fused AdamW) on the same batches in the
 same process on all cores, in blocks that alternate; the figure is the ratio of their medians, with a 95% interval from
 a bootstrap over pairs of blocks. Ours is ``Trainer.step``, as ``moetrain train`` runs it; what that sets for the
-process (glibc keeps freed memory) serves both. Theirs is Mixtral, at its own best: every experts and attention
-implementation that runs here is tried, and for bf16 both bf16 weights and fp32 weights under autocast. Autocast leaves
+process (glibc keeps freed memory) serves both. Both are at their own best. Ours: with and without ``train.compile``.
+Theirs, Mixtral: every experts and attention implementation that runs here is tried, for bf16 both bf16 weights and fp32
+weights under autocast, and the fastest ones also compiled; what failed is in the results. Autocast leaves
 ``grouped_mm`` in fp32, experts and all: that is not the same dtype, and has a row of its own, ``bfloat16-mixed``.
 
 Before that it is shown that the two are the same model: the same number of parameters, and, from the same weights, the
 same losses and gradient norms over eight fp32 steps (without balance losses, which Mixtral defines over all layers at
-once). Nobody is compiled.
+once), not compiled.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -47,15 +49,17 @@ except ImportError:
     sys.exit("benchmarks/throughput.py compares with transformers, which is missing: pip install 'moetrain[bench]'")
 
 BATCH, SEQ_LEN, BLOCK = 4, 256, 3  # samples, tokens, steps of a timed block
+COMPILE = 2  # of their variants, the fastest ones, are also compiled
 EXPERTS, ATTENTION = ("grouped_mm", "eager", "batched_mm"), ("sdpa", "eager")
 DTYPES = ["float32", "bfloat16", "bfloat16-mixed"]
 RESULTS = Path(__file__).parent / "results" / "throughput-cpu.json"
 
 
-def ours(dtype: str, *, balance: bool = True) -> Trainer:
+def ours(dtype: str, *, balance: bool = True, compiled: bool = False) -> Trainer:
     overrides = [
         "model=tiny", "balance=[switch]", f"train.batch={BATCH}", f"train.micro_batch={BATCH}",
         f"train.seq_len={SEQ_LEN}", f"train.dtype={dtype}", "train.device=cpu",
+        f"train.compile={str(compiled).lower()}",
     ]  # fmt: skip
     cfg = compose(overrides if balance else [*overrides, "model.moe.balance.switch.coef=0", "optim.warmup=0"])
     world = join(device=Device.cpu, communication=Communication.auto, timeout=60.0, threads=None)
@@ -66,8 +70,9 @@ class Theirs:
     """Mixtral with the shapes, weights, batches and optimizer of ``run``; ``autocast`` keeps its weights in fp32."""
 
     def __init__(
-        self, run: Trainer, *, dtype: torch.dtype, autocast: bool, experts: str, attention: str, balance: bool = True
-    ) -> None:
+        self, run: Trainer, *, dtype: torch.dtype, autocast: bool, experts: str, attention: str, balance: bool = True,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
         m, o = run.cfg.model, run.cfg.optim
         config = MixtralConfig(
             vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=m.moe.hidden, num_hidden_layers=m.num_layers,
@@ -76,7 +81,9 @@ class Theirs:
             rope_parameters={"rope_type": "default", "rope_theta": m.rope.theta}, router_aux_loss_coef=0.01,
             output_router_logits=balance, tie_word_embeddings=False, use_cache=False, attn_implementation=attention,
         )  # fmt: skip
+        self.setting = {"dtype": dtype, "autocast": autocast, "experts": experts, "attention": attention}
         self.name = f"{'autocast' if autocast else str(dtype).removeprefix('torch.')}, experts {experts}, {attention}"
+        self.name += ", compiled" * compiled
         self.run, self.steps, self.consumed, self.clip, self.norm = run, 0, 0, o.clip, torch.zeros(())
         self.model = MixtralForCausalLM(config)
         self.model.set_experts_implementation(experts)
@@ -84,6 +91,7 @@ class Theirs:
         self.model.train()
         if not autocast:
             self.model.to(dtype)
+        self.called = torch.compile(self.model) if compiled else self.model
         self.context = torch.autocast("cpu", dtype) if autocast else nullcontext()
         groups = [
             {"params": [p for p in self.model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
@@ -104,7 +112,7 @@ class Theirs:
     def step(self) -> Tensor:
         batch = self.run.data.loader.batch(self.consumed, BATCH)
         with self.context:
-            loss = self.model(batch.tokens_BS, labels=batch.targets_BS, shift_labels=batch.targets_BS).loss
+            loss = self.called(batch.tokens_BS, labels=batch.targets_BS, shift_labels=batch.targets_BS).loss
         loss.backward()
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         for group in self.optimizer.param_groups:
@@ -172,8 +180,9 @@ def candidates(run: Trainer, dtype: torch.dtype, *, mixed: bool) -> Iterator[The
                 yield Theirs(run, dtype=dtype, autocast=autocast, experts=experts, attention=attention)
 
 
-def fastest(run: Trainer, dtype: torch.dtype, *, mixed: bool) -> tuple[Theirs, dict[str, float]]:
-    """Their best variant and every variant's seconds a step: one step of each, then more of those near the best.
+def fastest(run: Trainer, dtype: torch.dtype, *, mixed: bool) -> tuple[Theirs, dict[str, float], dict[str, str]]:
+    """Their best variant, every variant's seconds a step, and why others failed: one step of each, then more of those
+    near the best, at last the fastest of them compiled.
 
     batched_mm copies the weights of its expert for every token, minutes a step: it is measured on a few tokens.
     """
@@ -187,13 +196,29 @@ def fastest(run: Trainer, dtype: torch.dtype, *, mixed: bool) -> tuple[Theirs, d
         if times[peer.name] <= 1.5 * min(times.values()):
             built[peer.name] = peer
     near = [peer for name, peer in built.items() if times[name] <= 1.5 * min(times.values())]
-    samples: dict[str, list[float]] = {peer.name: [] for peer in near}
+    times |= in_turns({peer.name: peer.step for peer in near})
+    near.sort(key=lambda peer: times[peer.name])
+    failed = {}
+    for eager in near[:COMPILE]:
+        peer = Theirs(run, compiled=True, **eager.setting)  # pyright: ignore[reportArgumentType]
+        try:
+            for _ in range(4):  # routing changes, and with it shapes
+                peer.step()
+        except Exception as error:
+            failed[peer.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        else:
+            near.append(peer)
+    times |= in_turns({peer.name: peer.step for peer in near})
+    return min(near, key=lambda peer: times[peer.name]), times, failed
+
+
+def in_turns(steps: dict[str, Callable]) -> dict[str, float]:
+    """The median seconds of a step of each."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(4):
-        for peer in near:
-            samples[peer.name].append(seconds(peer.step, 2))
-    times |= {name: statistics.median(found) for name, found in samples.items()}
-    best = min(near, key=lambda peer: times[peer.name])
-    return best, times
+        for name, step in steps.items():
+            samples[name].append(seconds(step, 2))
+    return {name: statistics.median(found) for name, found in samples.items()}
 
 
 def seconds(step: Callable, steps: int) -> float:
@@ -207,11 +232,21 @@ def compare(name: str, pairs: int) -> dict:
     """``bfloat16-mixed``: ours in bf16, theirs with experts in fp32."""
     dtype_name, _, mixed = name.partition("-")
     dtype = getattr(torch, dtype_name)
-    run = ours(dtype_name)
-    peer, tried = fastest(run, dtype, mixed=bool(mixed))
-    print(f"\n{name}: theirs at its best: {peer.name}. Tried (ms a step):")
-    for name, t in sorted(tried.items(), key=lambda item: item[1]):
-        print(f"    {t * 1e3:8.0f}  {name}")
+    mine = {words: ours(dtype_name, compiled=words == "compiled") for words in ("not compiled", "compiled")}
+    for run in mine.values():
+        run.step()
+        run.step()
+    own = in_turns({words: run.step for words, run in mine.items()})
+    fast = min(own, key=lambda words: own[words])
+    run = mine[fast]
+    print(f"\n{name}: ours {fast} ({', '.join(f'{words} {t * 1e3:.0f} ms' for words, t in own.items())})")
+    peer, tried, failed = fastest(run, dtype, mixed=bool(mixed))
+    print(f"theirs at its best: {peer.name}. Tried (ms a step):")
+    for variant, t in sorted(tried.items(), key=lambda item: item[1]):
+        print(f"    {t * 1e3:8.0f}  {variant}")
+    for variant, why in failed.items():
+        print(f"      failed  {variant}: {why}")
+    del mine
     gc.collect()
     for _ in range(3):
         run.step()
@@ -222,11 +257,12 @@ def compare(name: str, pairs: int) -> dict:
         a, b = seconds(first.step, BLOCK), seconds(second.step, BLOCK)
         found.append((a, b) if i % 2 == 0 else (b, a))
     low, high = interval(found)
-    mine, their = (BATCH * SEQ_LEN / statistics.median(t[k] for t in found) for k in (0, 1))
+    rate, their = (BATCH * SEQ_LEN / statistics.median(t[k] for t in found) for k in (0, 1))
     return {
-        "ours_tokens_per_s": round(mine), "transformers_tokens_per_s": round(their), "ratio": round(mine / their, 3),
+        "ours_tokens_per_s": round(rate), "transformers_tokens_per_s": round(their), "ratio": round(rate / their, 3),
         "interval_95": [round(low, 3), round(high, 3)], "pairs": pairs, "steps_per_block": BLOCK, "peer": peer.name,
-        "peer_variants_ms": {name: round(t * 1e3, 1) for name, t in tried.items()},
+        "peer_variants_ms": {name: round(t * 1e3, 1) for name, t in tried.items()}, "peer_variants_failed": failed,
+        "ours": fast, "our_variants_ms": {words: round(t * 1e3, 1) for words, t in own.items()},
         "load_average": {"before": before, "after": os.getloadavg()}, "seconds_per_step": found,
     }  # fmt: skip
 
@@ -263,7 +299,9 @@ def main() -> None:
     }  # fmt: skip
     print(*(f"{k}: {v}" for k, v in report.items()), f"load average: {os.getloadavg()}", sep="\n")
     report |= {"same_model": same_model(), "threads": torch.get_num_threads()}
-    report["results"] = results = {name: compare(name, args.pairs) for name in args.dtypes}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+        report["results"] = results = {name: compare(name, args.pairs) for name in args.dtypes}
     print(f"\n{'':14}{'ours':>9}{'transformers':>14}   ratio of medians (95%)     load average   [tokens/s]")
     for name, r in results.items():
         low, high = r["interval_95"]

@@ -42,11 +42,12 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "ModelConfig": "pad_vocab_to",
         "PinnedCosts": "row hop expert hidden shared",
         "PipelineConfig": "schedule chunks stages",
+        "Router": "fused",
         "RecomputeConfig": "mode parts layers loss_rows",
         "RunConfig": "name dir resume restarts time_limit allow allow_missing fork warm_start reset cache",
         "ShardingConfig": "dense experts accumulate",
         "TrainConfig": "validate_every validate_samples bigram exit_after deterministic device communication timeout "
-        "threads gc_every allocator",
+        "threads gc_every allocator compile",
         "TraceConfig": "enabled steps ranks memory",
     },
     Tag.trajectory: {
@@ -63,7 +64,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "ExpertChoice": "factor non_causal",
         "GroupLimited": "num_groups max_groups group_score",
         "MoEConfig": "router rounding dispatcher balance fp8_tile",
-        "ModelConfig": "norm_eps rope moe init_std depth_scaled_init",
+        "ModelConfig": "norm_eps rope windows moe init_std depth_scaled_init",
         "MuonConfig": "momentum ns_steps ns_dtype lr_scale weight_decay",
         "NoisyTopK": "gumbel jitter",
         "OptimConfig": "lr min_lr_ratio schedule warmup decay beta1 beta2 eps weight_decay decay_gates clip muon "

@@ -1,6 +1,7 @@
 """Differentiable collectives, forward and backward side by side. A group of ``None`` is a rank that is alone.
 
     all_to_all    rows to their ranks      | rows back
+    all_to_all_beside    the same, while something else is computed; in backward, while its gradients are
     gather        all-gather along a dim   | reduce-scatter     a shard becomes whole, its users' gradients are summed
     scatter_sum   reduce-scatter           | all-gather         parts of a sum become a shard of it
     all_sum       all-reduce               | all-reduce         every rank uses the sum, so each part feels all of them
@@ -10,6 +11,7 @@ that every rank goes on with.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,60 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(g_MD, ctx.send, ctx.recv, ctx.group), None, None, None
 
 
+@dataclass
+class _Flight:
+    """An all-to-all on its way, forward or back."""
+
+    recv: list[int] | None
+    send: list[int] | None
+    group: ProcessGroup
+    layer: int | None
+    work: dist.Work | None = None
+    alive: tuple[Tensor, ...] = ()  # what it reads and writes
+
+    def start(self, x: Tensor, recv: list[int] | None, send: list[int] | None) -> Tensor:
+        out, x = _room(x, recv), x.contiguous()
+        self.work = dist.all_to_all_single(out, x, recv, send, group=self.group, async_op=True)
+        self.alive = out, x
+        return out
+
+    def land(self) -> None:
+        if self.work is not None:
+            with inside("all-to-all"):
+                self.work.wait()
+        self.work, self.alive = None, ()
+
+
+class _Depart(torch.autograd.Function):
+    """Rows set out. In backward, after ``_Arrive``: gradients have come back."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.start(x_ND, flight.recv, flight.send)
+        return x_ND.view_as(x_ND)
+
+    @staticmethod
+    def backward(ctx, g_ND: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        here.layer = ctx.flight.layer
+        ctx.flight.land()
+        return g_ND, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, out_MD = flight, flight.alive[0]
+        flight.land()
+        return out_MD
+
+    @staticmethod
+    def backward(ctx, g_MD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        flight = ctx.flight
+        here.layer = flight.layer
+        return flight.start(g_MD, flight.send, flight.recv), None
+
+
 class _Along(torch.autograd.Function):
     """``there(x, dim, group)``, whose gradient goes ``back`` the same way."""
 
@@ -78,10 +134,14 @@ class _AllSum(torch.autograd.Function):
 
 
 def _exchange(x: Tensor, recv: list[int] | None, send: list[int] | None, group: ProcessGroup) -> Tensor:
-    out = torch.empty_like(x) if recv is None else x.new_empty(sum(recv), *x.shape[1:])
+    out = _room(x, recv)
     with inside("all-to-all"):
         dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
     return out
+
+
+def _room(x: Tensor, recv: list[int] | None) -> Tensor:
+    return x.new_empty(x.shape if recv is None else (sum(recv), *x.shape[1:]))
 
 
 def _gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
@@ -111,6 +171,24 @@ def all_to_all(x_ND: Tensor, *, recv: list[int] | None, send: list[int] | None, 
     Its backward is itself with the counts exchanged.
     """
     return x_ND if group is None else _AllToAll.apply(x_ND, recv, send, group)  # pyright: ignore
+
+
+def all_to_all_beside(
+    x_ND: Tensor, beside: Callable[[], None], *, recv: list[int] | None, send: list[int] | None,
+    group: ProcessGroup | None,
+) -> Tensor:  # fmt: skip
+    """``all_to_all``, with ``beside()`` called while rows are on their way. Gradients of what it records are computed
+    while theirs are on their way back: autograd takes nodes in the reverse of the order in which they were made."""
+    if group is None:
+        beside()
+        return x_ND
+    flight = _Flight(recv, send, group, here.layer)
+    x_ND = _Depart.apply(x_ND, flight)  # pyright: ignore
+    try:
+        beside()
+    finally:
+        x_MD = _Arrive.apply(x_ND, flight)
+    return x_MD  # pyright: ignore[reportReturnType]
 
 
 def start_all_to_all(

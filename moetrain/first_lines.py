@@ -18,11 +18,13 @@ def describe(trainer: Trainer) -> list[str]:
     moe = cfg.model.moe
     sizes = {"dim": cfg.model.dim, "hidden": -(-moe.hidden // trainer.mesh.layout.etp), "fp8_tile": moe.fp8_tile}
     _, why = kernels.choose(moe.kernel, device=world.device, dtype=trainer.dtype, **sizes)
+    if moe.router.fused:
+        why += f", {kernels.routing.check(device=world.device, dtype=trainer.dtype)}"
     over = f" over {world.backend} ({_why(world, cfg.train.communication)})" if world.backend else ""
     lines = [
         f"moetrain {__version__}, torch {torch.__version__}, {world.size} rank(s) on {world.device.type}{over}, "
         f"layout {trainer.mesh.layout}",
-        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}",
+        f"{size(cfg.model)}; {_layers(cfg.model)}; kernel {why}{'; dense parts compiled' * cfg.train.compile}",
         *_across(trainer.mesh.layout, world),
     ]
     if trainer.pipeline:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from moetrain import compiling
 from moetrain import parallel as parallelism
 from moetrain.bad_steps import BadStepsConfig
 from moetrain.config import UserError, config
@@ -23,7 +24,7 @@ from moetrain.parallel.schedules import PipelineConfig
 from moetrain.telemetry.health import HealthConfig
 from moetrain.telemetry.sinks import LoggingConfig
 from moetrain.telemetry.trace import TraceConfig
-from moetrain.world import Communication, Device
+from moetrain.world import Communication, Device, pick_device
 
 
 class DType(DTypeName):
@@ -97,6 +98,7 @@ class TrainConfig:
     validate_samples: int | None = None  # of each held-out set; None = all
     bigram: bool = False  # at the end, an interpolated bigram model of the same training tokens beside ours
     exit_after: int | None = None  # save and leave after this many steps of this life, schedules unchanged
+    compile: bool = False  # the dense parts and what is between an expert's matmuls, by torch.compile
     deterministic: bool = True  # on a GPU too, a step replayed is the same bits: attention's backward without atomics
     device: Device = Device.auto
     communication: Communication = Communication.auto
@@ -167,6 +169,8 @@ def check(cfg: Config, *, world: int) -> Layout:
         dtype=cfg.train.dtype.torch,
     )  # fmt: skip
     parallelism.recompute.check(cfg.recompute, cfg.model)
+    if cfg.train.compile:
+        parallelism.compile.check(layout, cfg.pipeline)
     cfg.trace.check(world)
     t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:
@@ -197,6 +201,12 @@ def check(cfg: Config, *, world: int) -> Layout:
     if cfg.optim.warmup > t.steps:
         raise UserError(f"optim.warmup={cfg.optim.warmup} is longer than train.steps={t.steps}: lower it")
     return layout
+
+
+def check_here(cfg: Config) -> None:
+    """What only the machine that runs it can say; raises ``UserError``."""
+    if cfg.train.compile:
+        compiling.check(pick_device(cfg.train.device))
 
 
 @dataclass(frozen=True)

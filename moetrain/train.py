@@ -15,7 +15,7 @@ from moetrain import norms as norms_of
 from moetrain.bad_steps import Judge, Verdict
 from moetrain.data.skipping import Skipping
 from moetrain.evaluate import Rows, Score, evaluate, summed_loss
-from moetrain.job import Config, Data, batch_at, check, checkpoints
+from moetrain.job import Config, Data, batch_at, check, check_here, checkpoints
 from moetrain.logical import Logical
 from moetrain.mesh import Mesh
 from moetrain.model.init import initialize
@@ -70,6 +70,7 @@ class Trainer:
         if cfg.train.deterministic:
             allow_fixed_order(world.device)
         layout = check(cfg, world=world.size)
+        check_here(cfg)
         self.mesh = Mesh.build(
             layout, rank=world.rank, world=world.size, device=world.device, timeout=world.limit, like=like
         )  # fmt: skip
@@ -77,7 +78,7 @@ class Trainer:
         self.dtype = cfg.train.dtype.torch
         parallel = parallelize(
             cfg.model, self.mesh, sharding=cfg.sharding, context_cfg=cfg.context, stages=cfg.pipeline,
-            recompute_cfg=cfg.recompute, dtype=self.dtype,
+            recompute_cfg=cfg.recompute, dtype=self.dtype, compiled=cfg.train.compile,
         )  # fmt: skip
         self.model, self.plan = parallel.model, parallel.plan
         self.pipeline, self.mover = parallel.pipeline, parallel.mover

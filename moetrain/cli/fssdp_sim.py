@@ -14,7 +14,7 @@ from moetrain.cli.compose import compose
 from moetrain.cli.preset import read_cluster
 from moetrain.config import OPTIONS, UserError, config, nearest
 from moetrain.job import Config
-from moetrain.model.flops import layer_flops, size
+from moetrain.model.flops import layer_flops, score_flops, size
 from moetrain.moe.placement.fssdp import FSSDP
 from moetrain.moe.placement.types import PlacementPolicy
 from moetrain.simulate.cluster import Cluster
@@ -190,7 +190,7 @@ def _layer(cfg: Config, assumed: SimConfig) -> Layer:
         raise UserError(f"the model has no MoE layer (model.num_layers={model.num_layers}): choose another model=")
     expert = 3 * model.dim * model.moe.hidden
     rows = [moe.router.top_k * moe.num_experts / moe.num_choices for moe in model.moe_configs]
-    scores = 2 * model.num_heads * model.width_of_heads * cfg.train.seq_len  # the causal half, both products
+    scores = fmean(score_flops(model, i, seq_len=cfg.train.seq_len) for i in model.moe_layers)
     return Layer(
         dim=model.dim, top_k=fmean(rows), expert_params=expert, tokens=cfg.train.micro_batch * cfg.train.seq_len,
         other_flops=scores + fmean(flops[i] - 2 * int(r * expert) for i, r in zip(model.moe_layers, rows, strict=True)),

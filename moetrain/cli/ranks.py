@@ -9,7 +9,7 @@ from moetrain import comm, signals
 from moetrain import config as configs
 from moetrain.checkpoint import SupersededError
 from moetrain.config import UserError
-from moetrain.job import Config, check
+from moetrain.job import Config, check, check_here
 from moetrain.launchers import call_off, rank_info
 from moetrain.resume import preflight
 from moetrain.run import FailedError, StoppedError, run
@@ -36,6 +36,7 @@ def be_rank(cfg: Config, *, checked: bool) -> int:
         rank, size = here.rank, here.size
         if not checked:
             check(cfg, world=size)  # on every rank, before any of them waits for another
+            check_here(cfg)
             if rank == 0:
                 try:
                     preflight(cfg, world=size, log=lambda line: print(line, flush=True))

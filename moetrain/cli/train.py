@@ -9,7 +9,7 @@ from moetrain.cli.compose import HYDRA_FLAGS, SWEEP, compose, with_hydra
 from moetrain.cli.ranks import be_rank, start_ranks
 from moetrain.cli.sweep import summary
 from moetrain.config import UserError
-from moetrain.job import Config
+from moetrain.job import Config, check_here
 from moetrain.model.flops import size
 from moetrain.report.points import Status, read
 from moetrain.resume import preflight
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
 def _start(cfg: Config) -> int:
     """Raises ``UserError`` before anything is started; returns an exit code."""
     world = wanted_ranks(cfg.layout, device=cfg.train.device)
+    check_here(cfg)
     preflight(cfg, world=world, log=lambda line: print(line, flush=True))
     configs.write(cfg, cfg.run.folder / "config.yaml")
     if world == 1 and not cfg.run.restarts:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moetrain.config import UserError
 from moetrain.kernels import float8, fused, grouped, reference, te
+from moetrain.kernels import routing as routing
 
 Backend = Callable[..., Tensor]
 
@@ -56,6 +57,11 @@ def choose(
     if unfit:
         return reference.swiglu, f"reference: {unfit}"
     return grouped.swiglu, "torch: F.grouped_mm"
+
+
+def compiled(backend: Backend) -> Backend:
+    """The same with what is between its matmuls compiled, where that is apart from them."""
+    return partial(backend, compiled=True) if backend is grouped.swiglu else backend
 
 
 def check(kernel: Kernel, *, fp8_tile: int) -> None:

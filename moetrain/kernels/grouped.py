@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain import deferred, world
+from moetrain import compiling, deferred, world
 from moetrain.kernels import slots
+from moetrain.kernels.activation import weighted
 from moetrain.moe.rows import ends_on_host, gather, gather_sum
 from moetrain.moe.types import Rows
 from moetrain.rerun import rerun
@@ -95,27 +96,41 @@ def _round_up(rows: int) -> int:
 _ROWS = 64
 
 
-def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
+def swiglu(
+    rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False, compiled: bool = False
+) -> Tensor:
     """See ``kernels/__init__.py``. The combine weight multiplies the hidden row, which is narrower than y where experts
-    are many; in float32 on a CPU the result, since there no hidden row is kept."""
+    are many; in float32 on a CPU the result, since there no hidden row is kept. ``compiled``: what is between the
+    matmuls, and then the weight always multiplies the hidden row."""
+    compiled = compiling.active(compiled) and len(rows.index_M) > 1  # 0 and 1 are numbers apart to torch.compile
     x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
     gate_up_SHD = gate_up_S2FD.flatten(1, 2)
     if x_MD.dtype is torch.float32 and world.on_cpu(x_MD) and not (again or deferred.recording()):
         ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
-        y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
+        if compiled:
+            y_MD = slots.swiglu_compiled(x_MD, gate_up_SHD, down_SDF, rows.weights_M, ends)
+        else:
+            y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
     else:
         product = partial(_grouped_mm, offsets_S=rows.offsets_S)
-        y_MD = sorted_swiglu(product, x_MD, gate_up_SHD, down_SDF, rows.weights_M, again=again)
+        y_MD = sorted_swiglu(product, x_MD, gate_up_SHD, down_SDF, rows.weights_M, again=again, compiled=compiled)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
 def sorted_swiglu(
-    product: Callable[..., Tensor], x_MD: Tensor, gate_up: Tensor, down: Tensor, weights_M: Tensor, *, again: bool
-) -> Tensor:
+    product: Callable[..., Tensor], x_MD: Tensor, gate_up: Tensor, down: Tensor, weights_M: Tensor, *, again: bool,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """Of rows by slot, by a ``product`` (M, I), (S, ..., I) -> (M, O); the weight multiplies the hidden row."""
-    return rerun(_down, product(x_MD, gate_up), weights_M, down, product, on=again)
+    rest = partial(_down, compiled=compiled)
+    return rerun(rest, product(x_MD, gate_up), weights_M, down, product, on=again)
 
 
-def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, product: Callable[..., Tensor]) -> Tensor:
-    gate_MF, up_MF = both_M2F.chunk(2, dim=-1)
-    return product(F.silu(gate_MF) * up_MF * weights_M[:, None].to(both_M2F.dtype), down_SDF)
+def _down(
+    both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, product: Callable[..., Tensor], *, compiled: bool
+) -> Tensor:
+    hidden = weighted
+    if compiled:
+        compiling.any_rows(both_M2F, weights_M)
+        hidden = compiling.compiled(weighted)
+    return product(hidden(both_M2F, weights_M), down_SDF)

@@ -63,6 +63,7 @@ def estimate(cfg: Config, *, world: int, at: int = 0, imbalance: float = 1.0, gp
 
     Raises ``UserError`` where the config cannot run on ``world`` ranks. This process may not be in a process group.
     """
+    cfg = replace(cfg, train=replace(cfg.train, compile=False))  # fake tensors go through what is written
     layout = check(cfg, world=world)
     t = cfg.train
     n = micro_batches(cfg, layout)
@@ -137,7 +138,7 @@ def _swaps(
     code_of_gpus = [
         (worlds, "on_cpu", lambda _: lambda at: False),
         (attend, "_by_piece", lambda _: _flash),
-        (attend, "_by_document", lambda _: _flash),
+        (attend, "_by_segment", lambda _: _flash),
     ]
     return (code_of_gpus if gpu else []) + [
         (parallel, "allocate", fakes_from_here),

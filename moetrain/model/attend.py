@@ -1,4 +1,4 @@
-"""Attention of a rank's queries over whole rows of keys, inside documents or across them: which backend computes it."""
+"""Attention of a rank's queries over whole rows of keys, inside documents and windows: which backend computes it."""
 
 import inspect
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys this rank's queries may see: none later, and with documents none of another.
+    """Which keys this rank's queries may see: none later, with documents none of another, and in a window the last
+    ``window`` only, the query's own included (arXiv 2310.06825, section 2).
 
     Keys are whole rows in position order. Queries are equal pieces of them: one without context parallelism, else
     chunks c and 2cp - 1 - c of 2cp, so that ranks have the same work (arXiv 2407.21783, section 3.3.2).
@@ -36,24 +37,36 @@ class Visible:
     pieces: tuple[tuple[int, int], ...]  # [start, end) positions, ascending
     length: int  # P, positions of a whole row
     blocks: tuple[Block, ...]
-    start_BS: Tensor | None  # int64, on the device: where each query's document begins
-    packed: tuple[Packed, ...]  # on a GPU, with documents: each piece
+    start_BS: Tensor | None  # int64, on the device: the first key of each query; one row for all: without documents
+    packed: tuple[Packed, ...]  # on a GPU, with documents or a window: each piece
+    window: int = 0  # 0: all
 
     @classmethod
     def build(
-        cls, *, pieces: tuple[tuple[int, int], ...], length: int, documents_BP: Tensor | None, device: torch.device
+        cls,
+        *,
+        pieces: tuple[tuple[int, int], ...],
+        length: int,
+        documents_BP: Tensor | None,
+        device: torch.device,
+        rows: int,
+        window: int = 0,
     ) -> "Visible":
-        """``documents_BP``: int64 on the host, ids that never fall along a row; None: attention crosses documents. Made
-        once a micro-batch, for all layers."""
+        """``documents_BP``: int64 on the host, ids that never fall along a row; None: attention crosses documents.
+        ``rows``: B. Made once a micro-batch, for all layers of the same window."""
         assert len({end - start for start, end in pieces}) == 1, pieces
         assert pieces[-1][1] <= length, (pieces, length)
-        if documents_BP is None:
+        window = window if window < length else 0
+        if documents_BP is None and not window:
             at_once = pieces == ((0, length),) and length <= _UNBLOCKED
             return cls(pieces, length, split(pieces, None, size=length) if at_once else split(pieces, None), None, ())
-        start_BP = document_starts(documents_BP)
-        start_BS = torch.cat([start_BP[:, start:end] for start, end in pieces], dim=1)
-        packed = tuple(_pack(start_BP, piece, device) for piece in pieces) if not world.on_cpu(device) else ()
-        return cls(pieces, length, split(pieces, start_BS), to_device(start_BS, device), packed)
+        start_BP = torch.zeros(1, length, dtype=torch.int64) if documents_BP is None else document_starts(documents_BP)
+        packed = ()
+        if not world.on_cpu(device):
+            packed = tuple(_pack(start_BP.expand(rows, -1), piece, device, window=window) for piece in pieces)
+        first_BP = start_BP.maximum(torch.arange(length) - (window - 1)) if window else start_BP
+        start_BS = torch.cat([first_BP[:, start:end] for start, end in pieces], dim=1)
+        return cls(pieces, length, split(pieces, start_BS), to_device(start_BS, device), packed, window)
 
     @property
     def whole(self) -> bool:
@@ -62,7 +75,8 @@ class Visible:
 
     def pairs(self) -> int:
         """Causal (query, key) pairs of a sequence without documents: what context parallelism has to balance."""
-        return sum((end - start) * (start + end + 1) // 2 for start, end in self.pieces)
+        most = self.window or self.length
+        return sum(min(at + 1, most) for start, end in self.pieces for at in range(start, end))
 
 
 def document_starts(documents_BP: Tensor) -> Tensor:
@@ -74,17 +88,17 @@ def document_starts(documents_BP: Tensor) -> Tensor:
 def attend(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
     """q (B, H, S, d), k and v (B, G, P, d) -> (B, H, S, d): softmax(q k^T / sqrt(d)) v over the keys each query sees.
     Key head g serves query heads g H / G to (g + 1) H / G - 1 (arXiv 2305.13245)."""
-    on_gpu, dtype, documents = not world.on_cpu(q_BHSd), q_BHSd.dtype, visible.start_BS is not None
-    if visible.whole and not documents:
+    on_gpu, dtype, all_before = not world.on_cpu(q_BHSd), q_BHSd.dtype, visible.start_BS is None
+    if visible.whole and all_before:
         if on_gpu or dtype is not torch.bfloat16:
             grouped = q_BHSd.shape[1] != k_BGPd.shape[1]
             return F.scaled_dot_product_attention(q_BHSd, k_BGPd, v_BGPd, is_causal=True, enable_gqa=grouped)
         # torch's backward in bf16 on a CPU takes twice the time of the blocks' plain matmuls
         return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, None, visible.blocks, True)  # pyright: ignore
-    if on_gpu and dtype in _FLASH and not documents:
+    if on_gpu and dtype in _FLASH and all_before:
         return _by_piece(q_BHSd, k_BGPd, v_BGPd, visible)
     if on_gpu and dtype in _FLASH and q_BHSd.shape[-1] in range(8, 257, 8):  # what the kernel takes
-        return _by_document(q_BHSd, k_BGPd, v_BGPd, visible)
+        return _by_segment(q_BHSd, k_BGPd, v_BGPd, visible)
     return Blocked.apply(q_BHSd, k_BGPd, v_BGPd, visible.start_BS, visible.blocks, False)  # pyright: ignore
 
 
@@ -99,8 +113,9 @@ def _by_piece(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) 
     return torch.cat(pieces, dim=2)
 
 
-def _by_document(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
-    """The flash kernel for sequences of any lengths; its causal mask puts a segment's last query on its last key."""
+def _by_segment(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visible) -> Tensor:
+    """The flash kernel for sequences of any lengths, which skips blocks of keys outside a window; its mask puts a
+    segment's last query on its last key, and counts a window's keys before the query's own."""
     from torch.nn.attention.varlen import varlen_attn  # takes two seconds to import, which a CPU never needs
 
     (B, H, _, _), G = q_BHSd.shape, k_BGPd.shape[1]
@@ -112,15 +127,16 @@ def _by_document(q_BHSd: Tensor, k_BGPd: Tensor, v_BGPd: Tensor, visible: Visibl
     for q, packed in zip(q_BHSd.chunk(len(visible.pieces), dim=2), visible.packed, strict=True):
         q_THd = q.transpose(1, 2).flatten(0, 1)
         y_THd = varlen_attn(
-            q_THd, k_TGd, v_TGd, packed.queries_N, packed.keys_N, *packed.most, window_size=(-1, 0), **gqa
-        )
+            q_THd, k_TGd, v_TGd, packed.queries_N, packed.keys_N, *packed.most, window_size=(visible.window - 1, 0),
+            **gqa,
+        )  # fmt: skip
         pieces.append(y_THd.unflatten(0, (B, -1)))  # pyright: ignore
     return torch.cat(pieces, dim=1).transpose(1, 2)
 
 
-def _pack(start_BP: Tensor, piece: tuple[int, int], device: torch.device) -> Packed:
+def _pack(start_BP: Tensor, piece: tuple[int, int], device: torch.device, *, window: int = 0) -> Packed:
     """Every key of every row is in a segment, so that k and v are read where they lie; a segment that no query of the
-    piece sees has none."""
+    piece sees has none. ``start_BP``: where each position's document begins."""
     (begin, end), (B, P) = piece, start_BP.shape
     queries, keys = [0], [0]
 
@@ -131,7 +147,8 @@ def _pack(start_BP: Tensor, piece: tuple[int, int], device: torch.device) -> Pac
 
     for row, start_S in enumerate(start_BP[:, begin:end]):
         first, *later = start_S.unique_consecutive().tolist()
-        segment(queries[-1], row * P + first)  # before the first document, and after the row before's last
+        first = max(first, begin - window + 1) if window else first
+        segment(queries[-1], row * P + first)  # before the first key that is seen, and after the row before's last
         for stop in (*later, end):
             segment(row * (end - begin) + stop - begin, row * P + stop)
     segment(queries[-1], B * P)

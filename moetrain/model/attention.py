@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm
+from moetrain import comm, compiling
+from moetrain.model import dense
 from moetrain.model.attend import Visible, attend
 from moetrain.model.layers import Linear, RMSNorm, rotate
 
@@ -26,12 +27,13 @@ class Attention(nn.Module):
     group: ProcessGroup | None = None
     context_group: ProcessGroup | None = None
     ulysses: bool = False  # exchange heads against positions, rather than gather keys and values
+    compiled: bool = False  # what comes before and after the attention itself
 
     def __init__(
         self, dim: int, *, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: QKNorm, qkv_bias: bool, eps: float
     ) -> None:
         super().__init__()
-        self.head_dim, self.qk_norm = head_dim, qk_norm
+        self.head_dim, self.qk_norm, self.eps = head_dim, qk_norm, eps
         self.q = Linear(dim, num_heads * head_dim, bias=qkv_bias)
         self.k = Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
@@ -46,21 +48,47 @@ class Attention(nn.Module):
 
         ``rope`` are the tables of this rank's queries, ``visible`` the keys they see.
         """
+        q, k, v = self._project(x_BSD, None, rope)
+        return comm.scatter_sum(self.out(self._attend(q, k, v, visible).flatten(2)), dim=1, group=self.group)
+
+    def between(
+        self, before: RMSNorm, after: RMSNorm, x_BSD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible
+    ) -> tuple[Tensor, Tensor]:
+        """The same of the norm ``before`` it, without a ``group`` and compiled: x + what comes of it, and the norm
+        ``after`` of that."""
+        assert self.group is None
+        y_BSHd = self._attend(*self._project(x_BSD, before, rope), visible)
+        close = compiling.compiled(dense.close)
+        return close(x_BSD, y_BSHd, self.out.weights, after.weight, eps=after.eps)
+
+    def _project(
+        self, x_BSD: Tensor, norm: RMSNorm | None, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the normed x; ``norm``: of what it makes of x, only compiled."""
+        none, whole = self.qk_norm is QKNorm.none, self.qk_norm is QKNorm.full
+        if compiling.active(self.compiled) and not (whole and self.q_norm.group is not None):
+            projections, norms = (self.q.weights, self.k.weights, self.v.weights), None
+            if not none:
+                norms = (self.q_norm.weight, self.k_norm.weight)
+            project, weight = compiling.compiled(dense.project), None if norm is None else norm.weight
+            return project(x_BSD, weight, projections, norms, *rope, eps=self.eps, whole_norms=whole)
+        if norm is not None:
+            x_BSD = norm(x_BSD)
         q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
-        if self.qk_norm is QKNorm.full:
+        if whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm is QKNorm.head:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         if self.context_group is None:
-            y = _attend(q, k, v, visible)
-        elif self.ulysses:
-            y = _ulysses(q, k, v, visible, self.context_group)
-        else:
-            k, v = _all_positions(k, self.context_group), _all_positions(v, self.context_group)
-            y = _attend(q, k, v, visible)
-        return comm.scatter_sum(self.out(y.flatten(2)), dim=1, group=self.group)
+            return _attend(q, k, v, visible)
+        if self.ulysses:
+            return _ulysses(q, k, v, visible, self.context_group)
+        k, v = _all_positions(k, self.context_group), _all_positions(v, self.context_group)
+        return _attend(q, k, v, visible)
 
 
 def zigzag(cp: int) -> list[tuple[int, ...]]:

@@ -33,8 +33,8 @@ class Block(NamedTuple):
 
 
 def split(pieces: Sequence[tuple[int, int]], start_BS: Tensor | None, *, size: int = _QUERIES) -> tuple[Block, ...]:
-    """Pieces of queries -> blocks of at most ``size``. With ``start_BS``, where each query's document begins (int64, on
-    the host), every row has blocks of its own, since its keys begin elsewhere."""
+    """Pieces of queries -> blocks of at most ``size``. ``start_BS`` (int64, on the host): the first key of each query,
+    which never falls along a piece; several rows have blocks of their own, since their keys begin elsewhere."""
     blocks, base = [], 0
     for begin, end in pieces:
         for first in range(begin, end, size):
@@ -43,7 +43,8 @@ def split(pieces: Sequence[tuple[int, int]], start_BS: Tensor | None, *, size: i
             if start_BS is None:
                 blocks.append(Block(None, queries, (0, last)))
             else:
-                blocks += [Block(b, queries, (at, last)) for b, at in enumerate(start_BS[:, queries[0]].tolist())]
+                starts, alike = start_BS[:, queries[0]].tolist(), len(start_BS) == 1
+                blocks += [Block(None if alike else b, queries, (at, last)) for b, at in enumerate(starts)]
         base += end - begin
     return tuple(blocks)
 
@@ -124,10 +125,10 @@ def _softmaxes(q_BHSd: Tensor, k_BGPd: Tensor, start_BS: Tensor | None, blocks: 
 
 
 def _hidden(block: Block, start_BS: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(r, n): 0 where a query sees a key, -inf where the key is later or of an earlier document."""
+    """(r, n): 0 where a query sees a key, -inf where the key is later or before the query's first."""
     r, n = block.queries[1] - block.queries[0], block.keys[1] - block.keys[0]
     hidden_rn = torch.full((r, n), -torch.inf, dtype=dtype, device=device).triu_(n - r + 1)
-    if start_BS is None or block.row is None:
+    if start_BS is None:
         return hidden_rn
-    start_r = start_BS[block.row, slice(*block.queries)]
+    start_r = start_BS[block.row or 0, slice(*block.queries)]
     return hidden_rn.masked_fill_(torch.arange(*block.keys, device=device) < start_r[:, None], -torch.inf)

@@ -46,18 +46,23 @@ def size(cfg: ModelConfig) -> Size:
 
 
 def flops_per_token(cfg: ModelConfig, *, seq_len: int) -> float:
-    """Forward and backward flops a token: 6 per active matmul weight, 12 L q S / 2 for causal attention.
+    """Forward and backward flops a token: 6 per active matmul weight, 12 q S / 2 for a layer's causal attention.
 
-    The convention of PaLM's appendix B (arXiv 2204.02311), with the causal half of the scores; recomputation is not
-    counted.
+    The convention of PaLM's appendix B (arXiv 2204.02311), with the causal half of the scores, of which a window leaves
+    a part; recomputation is not counted.
     """
-    attention = 6 * cfg.num_layers * cfg.num_heads * cfg.width_of_heads * seq_len
-    return 6.0 * size(cfg).matmul + attention
+    return 6.0 * size(cfg).matmul + 3 * sum(score_flops(cfg, i, seq_len=seq_len) for i in range(cfg.num_layers))
+
+
+def score_flops(cfg: ModelConfig, layer: int, *, seq_len: int) -> float:
+    """Forward flops a token of a layer's scores and of what they weigh: a query sees half of ``seq_len`` in the mean,
+    in a window of w keys w - w^2 / (2 seq_len)."""
+    seen = min(cfg.window(layer) or seq_len, seq_len)
+    return 2 * cfg.num_heads * cfg.width_of_heads * seen * (2 * seq_len - seen) / seq_len
 
 
 def layer_flops(cfg: ModelConfig) -> dict[int | str, float]:
-    """Layer -> forward flops a token, and of "embedding" and "head", loss included; attention's scores are not there,
-    which every layer has alike."""
+    """Layer -> forward flops a token, and of "embedding" and "head", loss included; ``score_flops`` are not there."""
     D, H = cfg.dim, cfg.width_of_heads
     attention = 2 * D * H * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
     costs: dict[int | str, float] = {i: attention + 6 * D * cfg.dense_hidden for i in range(cfg.num_layers)}

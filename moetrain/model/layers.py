@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, deferred
+from moetrain import comm, compiling, deferred
 from moetrain.config import UserError, config
+from moetrain.model import dense
 
 
 class RMSNorm(nn.Module):
@@ -66,6 +67,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
         self.bias = nn.Parameter(torch.empty(dim_out)) if bias else None
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return deferred.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -77,6 +82,7 @@ class SwiGLU(nn.Module):
     """
 
     group: ProcessGroup | None = None
+    compiled: bool = False
 
     def __init__(self, dim: int, *, hidden: int) -> None:
         super().__init__()
@@ -85,7 +91,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D); in a ``group``, S is gathered before and this rank's shard after."""
-        y_BSD = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        if compiling.active(self.compiled):
+            swiglu = compiling.compiled(dense.swiglu)
+            y_BSD = swiglu(x_BSD, self.gate.weight, self.up.weight, self.down.weight)
+        else:
+            y_BSD = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
         return comm.scatter_sum(y_BSD, dim=1, group=self.group)
 
 

@@ -9,19 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, world
+from moetrain import comm, compiling, world
 
 
-def summed(logits_BSV: Tensor, targets_BS: Tensor, *, first_row: int = 0, group: ProcessGroup | None = None) -> Tensor:
+def summed(
+    logits_BSV: Tensor, targets_BS: Tensor, *, first_row: int = 0, group: ProcessGroup | None = None,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
     """(B, S, V), (B, S) -> () summed cross-entropy in float32 or wider, targets of -100 ignored; nobody divided it.
 
-    In a group, V is the vocabulary from ``first_row`` on, and every rank returns the whole sum.
+    In a group, V is the vocabulary from ``first_row`` on, and every rank returns the whole sum. ``compiled``: on a GPU,
+    alone; a CPU's own way is as fast (docs/LOG.md).
     """
     logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     if group is not None or (logits_TV.dtype != wide and world.on_cpu(logits_TV)):
         return _CrossEntropy.apply(logits_TV, targets_T, first_row, group)  # pyright: ignore[reportReturnType]
-    logits_TV = logits_TV.to(wide)
+    if compiling.active(compiled) and not world.on_cpu(logits_TV):
+        return compiling.compiled(_widened)(logits_TV, targets_T)
+    return _widened(logits_TV, targets_T)
+
+
+def _widened(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
 
 

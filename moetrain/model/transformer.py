@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain import comm, deferred, world
+from moetrain import comm, compiling, deferred, world
 from moetrain.config import UserError, config
 from moetrain.layouts import divisors
 from moetrain.model.attend import Visible
@@ -27,7 +27,10 @@ from moetrain.where import here
 
 @config
 class ModelConfig:
-    """Shapes. ``first_dense`` layers come before any MoE layer; after them every ``moe_every``-th layer is MoE."""
+    """Shapes. ``first_dense`` layers come before any MoE layer; after them every ``moe_every``-th layer is MoE.
+
+    ``windows``: keys that a query sees, its own included, 0 = all; layer after layer, over and over.
+    """
 
     vocab_size: int = 4096
     dim: int = 256
@@ -39,6 +42,7 @@ class ModelConfig:
     qkv_bias: bool = False
     norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
+    windows: list[int] = field(default_factory=list)
     tie_embeddings: bool = False
     first_dense: int = 0
     moe_every: int = 1
@@ -63,6 +67,13 @@ class ModelConfig:
             raise UserError(
                 f"model.head_dim={self.width_of_heads} is odd: rotary positions pair dimensions, use an even one"
             )
+        if any(window < 0 for window in self.windows):
+            raise UserError(f"model.windows={self.windows}: use numbers of keys that a query sees, 0 for all")
+        if len(self.windows) > self.num_layers:
+            raise UserError(
+                f"model.windows={self.windows} has {len(self.windows)} numbers for model.num_layers={self.num_layers}: "
+                f"give at most one a layer, they repeat"
+            )
         if self.moe_every < 1:
             raise UserError(f"model.moe_every={self.moe_every}: use 1 for every layer, 2 for every second one")
         moe = self.moe
@@ -74,6 +85,10 @@ class ModelConfig:
     @property
     def width_of_heads(self) -> int:
         return self.head_dim or self.dim // self.num_heads
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees; 0: all."""
+        return self.windows[layer % len(self.windows)] if self.windows else 0
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_dense and (layer - self.first_dense) % self.moe_every == self.moe_every - 1
@@ -105,22 +120,27 @@ class SharedExpert(nn.Module):
         self.ffn, self.residual = SwiGLU(dim, hidden=cfg.shared_hidden), cfg.residual
         self.gate = Linear(dim, 2 if cfg.residual else 1) if cfg.residual or cfg.shared_gate else None
 
-    def forward(self, x: Tensor, routed: Tensor) -> Tensor:
-        """(B, S, D) tokens and what the routed experts made of them -> (B, S, D) of all."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) tokens -> (B, S, D) of this expert, and (B, S, 1) what the routed ones weigh, None = 1."""
         y = self.ffn(comm.gather(x, dim=1, group=self.ffn.group))
         if self.gate is None:
-            return routed + y
+            return y, None
         if not self.residual:
-            return routed + y * self.gate(x).sigmoid()
+            return y * self.gate(x).sigmoid(), None
         weights = self.gate(x).softmax(-1)
-        return routed * weights[..., 1:] + y * weights[..., :1]
+        return y * weights[..., :1], weights[..., 1:]
+
+    @staticmethod
+    def join(routed: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
+        """What the routed experts made of them, and the two of ``forward`` -> (B, S, D) of all."""
+        return (routed if weight is None else routed * weight) + own
 
 
 class Shared(NamedTuple):
     """What every block of a micro-batch uses, made once from its Context."""
 
     rope: tuple[Tensor, Tensor]  # of the positions that this rank's queries have
-    visible: Visible
+    visible: dict[int, Visible]  # of each window that a layer here has
 
 
 class Block(nn.Module):
@@ -133,10 +153,11 @@ class Block(nn.Module):
     remake_norms: bool = False
     rerun_attention: bool = False
     rerun_moe: bool = False
+    compiled: bool = False
 
     def __init__(self, cfg: ModelConfig, *, layer: int) -> None:
         super().__init__()
-        eps = cfg.norm_eps
+        eps, self.window = cfg.norm_eps, cfg.window(layer)
         self.attention_norm, self.ffn_norm = RMSNorm(cfg.dim, eps=eps), RMSNorm(cfg.dim, eps=eps)
         self.attention = Attention(
             cfg.dim, num_heads=cfg.num_heads, num_kv_heads=cfg.num_kv_heads, head_dim=cfg.width_of_heads,
@@ -156,24 +177,37 @@ class Block(nn.Module):
     def _layer(self, x_BSD: Tensor, carry: Carry, ctx: Context, shared: Shared) -> tuple[Tensor, Carry]:
         if self.moe is not None:
             self.moe.experts.prefetch()
-        attention = partial(self.attention, rope=shared.rope, visible=shared.visible)
+        seen = {"rope": shared.rope, "visible": shared.visible[self.window]}
+        attention = partial(self.attention, **seen)
         group, again = self.attention.group, self.rerun_attention
-        x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
+        h_BSD = None
+        if compiling.active(self.compiled) and group is None and not (again or self.remake_norms):
+            norms = self.attention_norm, self.ffn_norm
+            x_BSD, h_BSD = self.attention.between(*norms, x_BSD, **seen)
+        else:
+            x_BSD = x_BSD + self._normed(self.attention_norm, attention, x_BSD, group=group, again=again)
         if self.ffn is not None:
-            return x_BSD + self._normed(self.ffn_norm, self.ffn, x_BSD, group=self.ffn.group), carry
+            return x_BSD + self._normed(self.ffn_norm, self.ffn, x_BSD, group=self.ffn.group, normed=h_BSD), carry
         routed = partial(self._routed, carry=carry, ctx=ctx.for_rerun() if self.rerun_moe else ctx)
-        y_BSD, carry = self._normed(self.ffn_norm, routed, x_BSD, again=self.rerun_moe)
+        y_BSD, carry = self._normed(self.ffn_norm, routed, x_BSD, again=self.rerun_moe, normed=h_BSD)
         return x_BSD + y_BSD, carry
 
     def _routed(self, h_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
         assert self.moe is not None
-        y_BSD, carry = self.moe(h_BSD, carry, ctx)
-        return (y_BSD if self.shared is None else self.shared(h_BSD, y_BSD)), carry
+        if (shared := self.shared) is None:
+            return self.moe(h_BSD, carry, ctx)
+        found = []
+        y_BSD, carry = self.moe(h_BSD, carry, ctx, beside=lambda: found.extend(shared(h_BSD)))
+        return shared.join(y_BSD, *found), carry
 
     def _normed(
-        self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False
-    ) -> Any:
-        """``use`` of the normed x, S gathered over the group; whether ``use`` is computed ``again`` in backward."""
+        self, norm: RMSNorm, use: Callable, x_BSD: Tensor, *, group: ProcessGroup | None = None, again: bool = False,
+        normed: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """``use`` of the normed x, S gathered over the group; whether ``use`` is computed ``again`` in backward.
+        ``normed``: that is there already, without a group."""
+        if normed is not None:
+            return rerun(use, normed, on=again)
         whole = partial(comm.gather, dim=1, group=group)
         if again and not self.remake_norms:
             return rerun(lambda h: use(whole(h)), norm(x_BSD))
@@ -190,6 +224,7 @@ class Vocabulary(nn.Module):
 
     group: ProcessGroup | None = None
     loss_rows: int = 0  # tokens whose logits are held at a time for a loss; 0 = all
+    compiled: bool = False  # the loss of whole logits, on a GPU
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -234,8 +269,9 @@ def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tenso
     if rows.loss_rows == 0:
         wide = x_BSD.dtype in (torch.float32, torch.float64)
         if wide and rows.group is None and world.on_cpu(x_BSD) and torch.is_grad_enabled() and not deferred.recording():
-            return summed_of_head(x_BSD, rows.weight[: rows.size].to(x_BSD.dtype), targets_BS)
-        return summed(score(x_BSD, rows), targets_BS, first_row=rows.first_row, group=rows.group)
+            return summed_of_head(x_BSD, real(rows, rows.size).to(x_BSD.dtype), targets_BS)
+        logits_BSV = score(x_BSD, rows)
+        return summed(logits_BSV, targets_BS, first_row=rows.first_row, group=rows.group, compiled=rows.compiled)
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
     return summed_in_chunks(
         x_BSD, rows.weight, targets_BS, real_rows=rows.real_rows, first_row=rows.first_row, group=rows.group,
@@ -245,10 +281,15 @@ def predict(x_BSD: Tensor, rows: Vocabulary, targets_BS: Tensor | None) -> Tenso
 
 def score(x_BSD: Tensor, rows: Vocabulary) -> Tensor:
     """(B, S, D) -> (B, S, V) logits of this rank's rows, without those that pad; in a group, S is gathered."""
-    real = rows.real_rows
+    some = rows.real_rows
     x_BSD = comm.gather(x_BSD, dim=1, group=rows.group)
-    logits_BSV = deferred.linear(x_BSD, rows.weight[: max(real, 1)].to(x_BSD.dtype))
-    return logits_BSV if real else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+    logits_BSV = deferred.linear(x_BSD, real(rows, max(some, 1)).to(x_BSD.dtype))
+    return logits_BSV if some else logits_BSV.masked_fill(torch.ones_like(logits_BSV, dtype=torch.bool), -torch.inf)
+
+
+def real(rows: Vocabulary, count: int) -> Tensor:
+    """(count, D) the first rows. Even a slice of all has its gradient copied into zeros: none is made of them."""
+    return rows.weight if count == rows.weight.shape[0] else rows.weight[:count]
 
 
 @dataclass(frozen=True)
@@ -309,12 +350,15 @@ class Transformer(nn.Module):
         return predict(x, self.embedding, targets_BS)
 
     def shared(self, ctx: Context, x: Tensor) -> Shared:
-        """The rotary tables and the attention plan of a micro-batch, whose tokens or shard of activations ``x`` is."""
+        """The rotary tables and the attention plans of a micro-batch, whose tokens or shard of activations ``x`` is."""
         device, pieces = x.device, ctx.pieces or ((0, x.shape[1]),)
         cos, sin = self.rope(torch.cat([torch.arange(*piece, device=device) for piece in pieces]))
         length = ctx.length or x.shape[1]
         seen = ((0, length),) if self.ulysses else pieces
-        visible = Visible.build(pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device)
+        build = partial(
+            Visible.build, pieces=seen, length=length, documents_BP=ctx.documents_BP, device=device, rows=x.shape[0]
+        )
+        visible = {window: build(window=window) for window in {self.cfg.window(int(i)) for i in self.blocks}}
         return Shared((cos.to(self.dtype), sin.to(self.dtype)), visible)
 
     def moe_layers(self) -> list[MoE]:

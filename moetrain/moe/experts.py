@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moetrain import kernels
 from moetrain.kernels import Backend
 from moetrain.moe.travel import Replicas
 from moetrain.moe.types import Rows
@@ -14,6 +15,7 @@ class Experts(nn.Module):
     """Weights of the experts this rank owns, stacked on dim 0 in slot order; which experts those are is a Placement."""
 
     rerun_activation: bool = False  # in backward, rather than keep it
+    compiled: bool = False  # what is between the matmuls, of backends that have it apart
     replicas: Replicas | None = None  # what is computed with, where some experts travel; None: what is owned
     calibrated: tuple[Replicas, ...] = ()  # the same of single micro-batches that have their own
 
@@ -39,5 +41,7 @@ class Experts(nn.Module):
         gate_up, down = (self.gate_up, self.down) if replicas is None else replicas.ready()
         if rows.offsets_S.shape[0] > gate_up.shape[0]:
             rows = replace(rows, offsets_S=rows.offsets_S[: gate_up.shape[0]])
+        if self.compiled:
+            backend = kernels.compiled(backend)
         y_ND = backend(rows, gate_up.to(dtype), down.to(dtype), again=self.rerun_activation)
         return y_ND if replicas is None else replicas.used(y_ND)

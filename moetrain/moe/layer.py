@@ -31,6 +31,7 @@ from moetrain.moe.types import (
     Routing,
     Slots,
     Tokens,
+    nothing,
 )
 from moetrain.moe.watch import Watch
 from moetrain.moe.zero_computation import ZeroComputation, ZeroComputationConfig
@@ -178,8 +179,10 @@ class MoE(nn.Module):
         self.owned = (at.owner_E == rank).nonzero().flatten().tolist() if travels else at.slots_of(rank)
         self.experts = Experts(len(self.owned), dim=self.dim, hidden=self.width)
 
-    def forward(self, x_BSD: Tensor, carry: Carry, ctx: Context) -> tuple[Tensor, Carry]:
-        """(B, S, D) -> (B, S, D) and what the gate passes on."""
+    def forward(
+        self, x_BSD: Tensor, carry: Carry, ctx: Context, *, beside: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Carry]:
+        """(B, S, D) -> (B, S, D) and what the gate passes on; ``beside()`` is called while rows are on their way."""
         x_TD = x_BSD.flatten(0, 1)
         mask_T = None if ctx.mask_BS is None else ctx.mask_BS.flatten()
         tokens = Tokens(
@@ -187,7 +190,10 @@ class MoE(nn.Module):
             sample_B=ctx.sample_B, key=(ctx.seed, ctx.step, self.layer), training=ctx.training, lagged_E=self.lagged_E,
         )  # fmt: skip
         logits_TE, carry = self.gate(x_TD, carry)
+        if self.cfg.router.fused:
+            kernels.routing.check(device=x_TD.device, dtype=x_TD.dtype)
         routing, again = self._route(logits_TE, ctx)
+        routing = replace(routing, fused=self.cfg.router.fused)
         if mask_T is not None:
             routing = _mask(routing, mask_T)
         if self.zero_computation is not None:
@@ -201,7 +207,7 @@ class MoE(nn.Module):
         placement, replicas = self._placed(sent, ctx)
         target_EJ = placement.target_EJ(self.rank, x_TD.device, etp=self.etp)
         slots = Slots(target_EJ, placement.num_slots, self.group)
-        rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots)
+        rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots, beside=beside)
         sizes = {"device": x_TD.device, "dtype": x_TD.dtype, "dim": self.dim, "hidden": self.width}
         backend, _ = kernels.choose(self.cfg.kernel, **sizes, fp8_tile=self.cfg.fp8_tile)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend, replicas), ticket)

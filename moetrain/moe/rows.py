@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from moetrain.kernels import routing
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -68,6 +70,14 @@ def regroup(counts_RS: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     index_M = column_M.argsort(stable=True)
     return index_M, inverse(index_M)[:, None]
+
+
+def sort(keys_N: Tensor, *, num_keys: int, fused: bool = False) -> tuple[Tensor, Tensor]:
+    """(N,) int64 keys below ``num_keys`` -> which comes n-th, equal ones in their order, and the inverse."""
+    if fused:
+        return routing.order(keys_N, num_keys=num_keys)
+    order_N = keys_N.argsort(stable=True)
+    return order_N, inverse(order_N)
 
 
 def inverse(order_N: Tensor) -> Tensor:

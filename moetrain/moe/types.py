@@ -8,6 +8,7 @@ Shape letters, used as name suffixes everywhere in moe/:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,7 @@ class Routing:
     ragged: bool = False  # whether ids_TK may hold -1 (padding, or routers that choose fewer than K)
     zero_computation: ZeroComputationConfig | None = None  # the experts of the layer that nothing is sent to, if any
     top_k: int | None = None  # experts of an average token, which capacity is counted by; None = K
+    fused: bool = False  # whether a kernel of our own finds the order in which assignments go to experts
     own_TK: Tensor | None = None  # what the router would have chosen, where it was given its choices
 
     @cached_property
@@ -155,9 +157,13 @@ class GateConfig(ABC):
 
 @config
 class Router(ABC):
-    """Logits -> choices. Stateless: the gate's weight belongs to the layer, the bias to the balance terms."""
+    """Logits -> choices. Stateless: the gate's weight belongs to the layer, the bias to the balance terms.
+
+    ``fused``: by the Triton kernels of ``kernels/routing.py`` what they can do, which is the same.
+    """
 
     top_k: int = 2
+    fused: bool = False
 
     @property
     def tokens_choose(self) -> bool:
@@ -253,6 +259,10 @@ class Balance:
         return bias_E
 
 
+def nothing() -> None:
+    """What is computed beside rows that travel where there is no shared expert."""
+
+
 @config
 class Dispatcher(ABC):
     """Moves tokens to the slots that hold their experts, and the results back. State goes into the ticket."""
@@ -270,10 +280,13 @@ class Dispatcher(ABC):
         return None
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Any]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
+    ) -> tuple[Rows, Any]:
         """(T, D) -> the rows of this rank's slots, and the ticket that ``combine`` needs.
 
         Every assignment to expert e becomes a row for each of its J slots, whose results are parts of a sum.
+        ``beside()`` is called once, where rows travel while they do (``comm.all_to_all_beside``).
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """The order in which a model is made parallel. Read this file first.
 
     deal layers to stages (pp) -> build this rank's on meta -> cut dense weights (tp) -> place experts (ep, etp)
-    -> say who holds the rest of a sequence (cp) -> say what backward computes again (recompute)
+    -> say who holds the rest of a sequence (cp) -> say what backward computes again (recompute), what is compiled
     -> shard storage (FSDP2: experts over edp, the rest over dp*cp)
     -> allocate
 
@@ -21,7 +21,7 @@ from moetrain.layouts import Layout, ModelShape, broken_rule
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import ModelConfig, Transformer
 from moetrain.moe.placement.travelling import Travelling
-from moetrain.parallel import context, data, expert, pipeline, plan, recompute, tensor
+from moetrain.parallel import compile, context, data, expert, pipeline, plan, recompute, tensor
 from moetrain.parallel.context import ContextConfig, Method
 from moetrain.parallel.data import ShardingConfig
 from moetrain.parallel.placing import Mover
@@ -77,6 +77,7 @@ def parallelize(
     stages: PipelineConfig,
     recompute_cfg: RecomputeConfig,
     dtype: torch.dtype,
+    compiled: bool = False,
 ) -> Parallel:
     """This rank's part of the model, zeros everywhere. ``dtype`` is what it computes in. Collective.
 
@@ -94,6 +95,7 @@ def parallelize(
         pipeline.tie(held, mesh)
     context.place(model, mesh, cfg=context_cfg)
     recompute.place(model, cfg=recompute_cfg)
+    compile.place(model, on=compiled)
     plan.check_complete(model, held)
     data.shard(model, mesh, sharding=sharding, dtype=dtype)
     held = {name: replace(h, **data.summed(name, model, mesh)) for name, h in held.items()}

@@ -47,8 +47,8 @@ def prepared(cfg: Config) -> Config:
 
 
 def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = ALONE) -> Reference:
-    """Run the reference of a case, which recomputes nothing; raises ``FailedError``, or ``UserError`` where the model
-    refuses its layout."""
+    """Run the reference of a case, which recomputes and compiles nothing; raises ``FailedError``, or ``UserError``
+    where the model refuses its layout."""
     if cfg.model.moe_layers and cfg.model.moe.fp8_tile and cfg.train.dtype is DType.float32:
         raise UserError(
             f"model.moe.fp8_tile={cfg.model.moe.fp8_tile} with train.dtype=float32: a float32 that rounds to the next "
@@ -58,10 +58,10 @@ def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = 
     ranks.lead(lambda: _clear(folder))
     cfg = replace(prepared(cfg), layout=layout)
     check(cfg, world=layout.world)
-    plain = replace(cfg, recompute=RecomputeConfig())
+    plain = replace(cfg, recompute=RecomputeConfig(), train=replace(cfg.train, compile=False))
     rounded = None
     if cfg.train.dtype is DType.bfloat16:
-        exact = replace(plain, train=replace(cfg.train, dtype=DType.float64))
+        exact = replace(plain, train=replace(plain.train, dtype=DType.float64))
         _must(ranks.run(Job(exact, folder / "exact", alone)))
         path = ranks.lead(lambda: _keep(folder / "exact"))
         rounded = folder / "rounded"

@@ -294,7 +294,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         per_layer=_per_layer(m.moe, n), fp8_tile=min(m.moe.fp8_tile, TILES[0]),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
-    shapes = {name: getattr(n, name) for name in own}
+    shapes = {name: getattr(n, name) for name in own} | {"windows": _windows(cfg, n)}
     if m.head_dim is None and n.num_heads * n.head_dim == n.dim:
         shapes["head_dim"] = None
     model = configs.replace(m, **shapes, moe=moe, init_std=max(m.init_std, INIT_STD))
@@ -308,6 +308,16 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         layout=configs.replace(cfg.layout, **{name: getattr(n, name) for name in _AXES}),
         pipeline=configs.replace(cfg.pipeline, stages=None),
     )  # fmt: skip
+
+
+def _windows(cfg: Config, n: Numbers) -> list[int]:
+    """The different ones in turn: of the new rows the same part, at least four keys so that attention stays one, and
+    never all where they were not all."""
+    if n.windows == (0,):
+        return []
+    old, new = cfg.train.seq_len, n.seq_len
+    kept = n.windows[: n.num_layers]
+    return list(kept) if old == new else [max(min(w * new // old, new - 1), 4) if 0 < w < old else 0 for w in kept]
 
 
 def _spanned(moe: MoEConfig, edp: int, n: Numbers | Layout) -> int:
@@ -365,6 +375,7 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("optim.decay", "step 0 has the full learning rate", lambda cfg: cfg.optim.decay),
     ("checkpoint.every", "nothing is saved", lambda cfg: cfg.checkpoint.every),
     ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
+    ("model.windows", "rows are shorter", lambda cfg: cfg.model.windows),
     ("model.moe.dispatcher", "smaller groups of experts", lambda cfg: cfg.model.moe.dispatcher),
     ("model.moe.fp8_tile", "experts are narrower", lambda cfg: cfg.model.moe.fp8_tile),
     ("model.moe.rounding", "an expert has fewer tokens", lambda cfg: cfg.model.moe.rounding),

@@ -33,6 +33,7 @@ class Numbers:
     num_layers: int
     first_dense: int
     moe_every: int
+    windows: tuple[int, ...]  # the different ones, in the order of layers
     num_experts: int
     top_k: int
     zero_computation: tuple[int, ...]  # experts of each kind
@@ -55,6 +56,7 @@ class Numbers:
             pp=n.pp, dp=n.dp, cp=n.cp, tp=n.tp, ep=n.ep, etp=n.etp, replicate=n.replicate,
             num_heads=m.num_heads, num_kv_heads=m.num_kv_heads, head_dim=m.width_of_heads, dim=m.dim,
             num_layers=m.num_layers, first_dense=m.first_dense, moe_every=m.moe_every,
+            windows=tuple(dict.fromkeys(map(m.window, range(m.num_layers)))),
             num_experts=min(m.moe.per_layer.experts, default=m.moe.num_experts),
             top_k=max(m.moe.per_layer.top_k, default=m.moe.router.top_k), hidden=m.moe.hidden,
             zero_computation=tuple(getattr(m.moe.zero_computation, kind) for kind in KINDS),
@@ -271,6 +273,10 @@ LAYERS = (
     Property(
         "layers over stages", lambda n: (n.num_layers % n.stages == 0, n.num_layers > n.stages),
         lambda n: f"{n.num_layers} / {n.stages}",
+    ),
+    Property(
+        "windows of attention", lambda n: min(len(n.windows), n.num_layers, 2),
+        lambda n: ", ".join(map(str, n.windows[: n.num_layers])),
     ),
     Property("stages without MoE", lambda n: n.stages_without_moe > 0, lambda n: str(n.stages_without_moe)),
 )  # fmt: skip

@@ -34,6 +34,7 @@ CASES = {
     ),
     "recompute full": (2, {"dp": 2}, {"recompute": {"mode": "full"}}),
     "recompute selective": (2, {"tp": 2, "ep": 2}, {"recompute": {"mode": "selective", "loss_rows": 64}}),
+    "windows": (2, {"cp": 2}, {"model": BIG | {"windows": [40, 0]}, "recompute": {"mode": "selective"}}),
     "muon": (2, {"dp": 2}, {"optim": {"kind": "muon"}}),
     "zero-computation experts": (
         2, {"dp": 2, "ep": 2},

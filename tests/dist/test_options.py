@@ -72,6 +72,7 @@ def options() -> dict[str, dict]:
     found["early top-k"] = {"per_layer": {"early_top_k": [4, 3], "early_steps": 2}}
     found["float8 experts"] = {"fp8_tile": 8, "hidden": 32}
     found["float8 experts that travel"] = {"fp8_tile": 8, "hidden": 32, "placement": {"kind": "fssdp"}}
+    found["windows"] = {"model": {"windows": [5, 0, 9]}}
     found["frozen router"] = {"optim": {"freeze": ["*.moe.gate.*"]}}
     found["frozen router, muon"] = {"optim": {"freeze": ["*.moe.gate.*"], "kind": "muon"}}
     found["frozen all"] = {"optim": {"freeze": ["*"]}}
@@ -88,9 +89,10 @@ def config(case: str, *, capacity: bool, choices: Path | None = None) -> Config:
     tree = copy.deepcopy(small())
     sets = dict(options()[case])
     tree["optim"] |= sets.pop("optim", {})
+    windows = sets.pop("model", {})
     tree["train"] |= {"dtype": "float64", "seq_len": 27, "micro_batch": 2, "batch": 16}
     tree["pipeline"] |= {"schedule": "interleaved", "chunks": 2}
-    tree["model"] |= {"num_layers": 4, "dim": 16, "num_heads": 4}
+    tree["model"] |= {"num_layers": 4, "dim": 16, "num_heads": 4} | windows
     moe = tree["model"]["moe"]
     moe |= {"num_experts": 8} | ({"dispatcher": {"kind": "capacity", "factor": 1.0}} if capacity else {}) | sets
     if choices is not None:

@@ -67,7 +67,7 @@ def jobs(draw, world: int) -> Config:
         "vocab_size": pick(50, 64), "pad_vocab_to": pick(1, 8), "dim": pick(16, 18), "num_layers": max(2, stages) + pick(0, 1),
         "num_heads": heads, "num_kv_heads": draw(st.sampled_from(fits)), "head_dim": pick(2, 4),
         "qk_norm": pick("none", "head", "full"), "qkv_bias": draw(st.booleans()), "first_dense": pick(0, 1),
-        "moe_every": pick(1, 1, 2), "dense_hidden": pick(8, 9), "tie_embeddings": draw(st.booleans()),
+        "windows": pick([], [], [3], [5, 0], [0, 1]), "moe_every": pick(1, 1, 2), "dense_hidden": pick(8, 9), "tie_embeddings": draw(st.booleans()),
         "init_std": 0.1, "moe": moe,
     }  # fmt: skip
     train = {

@@ -46,10 +46,13 @@ def _fixed_order(device) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("mean", [None, 1, 30, 200], ids=lambda n: f"documents of {n}")
+@pytest.mark.parametrize(
+    ("mean", "window"),
+    [(None, 0), (1, 0), (30, 0), (200, 0), (None, 1), (None, 60), (None, 128), (None, 300), (30, 20), (200, 128)],
+)
 @pytest.mark.parametrize(("cp", "rank"), [(1, 0), (2, 0), (2, 1), (4, 3)])
 @pytest.mark.parametrize(("H", "G", "d"), [(4, 4, 64), (8, 2, 128), (4, 1, 20)])
-def test_equals_the_blocks_in_float64(device, H, G, d, cp, rank, mean, dtype) -> None:
+def test_equals_the_blocks_in_float64(device, H, G, d, cp, rank, mean, window, dtype) -> None:
     """Keys that no query of the piece sees have a gradient of exactly zero: the kernel has to write it."""
     B, P = 3, 456
     pieces, documents_BP = zigzag(cp, rank, P), documents(B, P, mean)
@@ -58,7 +61,7 @@ def test_equals_the_blocks_in_float64(device, H, G, d, cp, rank, mean, dtype) ->
         poison = [torch.full((n,), torch.nan, device=device) for n in (1 << 18, 1 << 20, 1 << 22)]
         del poison
     on_device, on_host = (
-        Visible.build(pieces=pieces, length=P, documents_BP=documents_BP, device=at)
+        Visible.build(pieces=pieces, length=P, documents_BP=documents_BP, device=at, rows=B, window=window)
         for at in (device, torch.device("cpu"))
     )
     want = compute(t, on_host, torch.device("cpu"), torch.float64)
@@ -71,26 +74,28 @@ def test_equals_the_blocks_in_float64(device, H, G, d, cp, rank, mean, dtype) ->
             assert got[:, :, pieces[-1][1] :].abs().sum() == 0, f"{name}: keys after the last query"
 
 
-@pytest.mark.parametrize("mean", [None, 100], ids=lambda n: f"documents of {n}")
+@pytest.mark.parametrize(("mean", "window"), [(None, 0), (100, 0), (None, 200), (100, 50)])
 @pytest.mark.parametrize("cp", [1, 2])
-def test_a_replay_gives_the_same_bits(device, cp, mean) -> None:
+def test_a_replay_gives_the_same_bits(device, cp, mean, window) -> None:
     B, P = 2, 1024
-    pieces = zigzag(cp, 0, P)
-    visible = Visible.build(pieces=pieces, length=P, documents_BP=documents(B, P, mean), device=device)
+    pieces, documents_BP = zigzag(cp, 0, P), documents(B, P, mean)
+    visible = Visible.build(pieces=pieces, length=P, documents_BP=documents_BP, device=device, rows=B, window=window)
     t = leaves(B, 8, 2, sum(b - a for a, b in pieces), P, 64)
     first, second = (compute(t, visible, device, torch.bfloat16) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mean", [None, 500], ids=lambda n: f"documents of {n}")
-def test_memory_is_linear_in_the_length(device, mean) -> None:
+@pytest.mark.parametrize(("mean", "window"), [(None, 0), (500, 0), (None, 300)])
+def test_memory_is_linear_in_the_length(device, mean, window) -> None:
     if device.type != "cuda":
         pytest.skip("counts a GPU's memory")
 
     def peak(P: int) -> int:
         pieces = zigzag(2, 0, P)
-        visible = Visible.build(pieces=pieces, length=P, documents_BP=documents(2, P, mean), device=device)
+        visible = Visible.build(
+            pieces=pieces, length=P, documents_BP=documents(2, P, mean), device=device, rows=2, window=window
+        )
         t = leaves(2, 4, 2, P // 2, P, 64)
         torch.cuda.reset_peak_memory_stats(device)
         base = torch.cuda.memory_allocated(device)
@@ -99,3 +104,29 @@ def test_memory_is_linear_in_the_length(device, mean) -> None:
 
     peak(256)  # workspaces
     assert peak(16384) < 4.6 * peak(4096)
+
+
+def test_a_window_is_faster_than_the_whole_row(device) -> None:
+    """1,024 of 32,768 keys are 1 in 16 of the causal pairs: blocks of keys outside the window are not computed."""
+    if device.type != "cuda":
+        pytest.skip("times a GPU's kernels")
+    P = 32768
+    t = leaves(1, 8, 2, P, P, 128)
+
+    def seconds(window: int) -> float:
+        visible = Visible.build(pieces=((0, P),), length=P, documents_BP=None, device=device, rows=1, window=window)
+        q, k, v = (x.to(device).requires_grad_() for x in t[:3])
+        out = t[3].to(device)
+        times = []
+        for _ in range(8):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.autograd.grad(attend(q, k, v, visible), (q, k, v), out)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return sorted(times[3:])[2]
+
+    whole, part = seconds(0), seconds(1024)
+    print(f"forward and backward: {whole:.2f} ms of whole rows, {part:.2f} ms in the window")
+    assert part < whole / 4

@@ -46,6 +46,17 @@ CASES = {
     "no Newton-Schulz step": ("optim=muon optim.muon.ns_steps=0", "optim.muon.ns_steps=0: has to be at least 1"),
     "a momentum that never fades": ("optim=muon optim.muon.momentum=1", "has to be at least 0 and below 1"),
     "an average too slow for bfloat16": ("optim.state_dtype=bfloat16 optim.beta2=0.999", "use beta2 <= 0.996"),
+    "routing kernels that add up three": (
+        "router=group_limited model.moe.num_experts=32 model.moe.router.num_groups=4 model.moe.router.max_groups=2 "
+        "model.moe.router.top_k=6 model.moe.router.fused=true",
+        "the kernel adds up 2 at most; use fused=false",
+    ),
+    "a negative window": ("model.windows=[-1]", "model.windows=[-1]: use numbers of keys that a query sees, 0 for all"),
+    "more windows than layers": (
+        "model.windows=[4,4,4]",
+        "model.windows=[4, 4, 4] has 3 numbers for model.num_layers=2: give at most one a layer, they repeat",
+    ),
+    "a window that is no list": ("model.windows=4096", "model.windows"),
     "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
     "tiles that are none": ("model.moe.fp8_tile=12", "fp8_tile=12: use one of 8, 16, 32, 64, 128, or 0 for no float8"),
     "tiles that etp cuts apart": (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "moetrain"
 FLOORS = [
-    {"caches", "config", "logical", "counter", "deferred", "rerun", "signals", "where"},
+    {"caches", "compiling", "config", "logical", "counter", "deferred", "rerun", "signals", "where"},
     {"comm", "launchers", "layouts", "mesh", "world"},
     {"kernels", "moe"},
     {"model"},

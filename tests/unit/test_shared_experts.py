@@ -35,7 +35,7 @@ def test_a_shared_expert_equals_plain_loops(kind) -> None:
         torch.nn.init.normal_(p, generator=random)
     x, routed = (torch.randn(2, 3, D, dtype=torch.float64, generator=random).requires_grad_() for _ in range(2))
     weights = dict(module.named_parameters())
-    got = module(x, routed)
+    got = module.join(routed, *module(x))
     pairs = zip(x.flatten(0, 1), routed.flatten(0, 1), strict=True)
     want = torch.stack([truth(kind, weights, x_D, routed_D) for x_D, routed_D in pairs]).view_as(x)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

@@ -99,6 +99,7 @@ def facts(cfg: Config) -> Mapping[str, object]:
         "moe_every": m.moe_every > 1,
         "the last layer is MoE": m.is_moe(m.num_layers - 1),
         "layers over stages": (m.num_layers % n.pp == 0, m.num_layers > n.pp),
+        "windows of attention": min(len({m.window(i) for i in range(m.num_layers)}), 2),
         "stages without MoE": any(not set(stage) & set(layers) for stage in stages),
         "top_k": "1" if moe.router.top_k == 1 else "2" if moe.router.top_k == 2 else "more",
         "top_k < experts": moe.router.top_k < moe.num_experts,

@@ -11,20 +11,23 @@ computed: no host sync. Every rank of the group has the same number of tokens (p
 experts differ. With expert tensor parallelism the J parts are parts of the sum like any other.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain import comm
 from moetrain.config import config
-from moetrain.moe.rows import gather, inverse
-from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+from moetrain.moe import rows
+from moetrain.moe.rows import gather
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens, nothing
 
 
 @config(group="dispatcher", name="allgather")
 class AllGather(Dispatcher):
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
     ) -> tuple[Rows, ProcessGroup | None]:
         group, S = slots.group, slots.num_slots
         (T, K), J = routing.ids_TK.shape, slots.target_EJ.shape[1]
@@ -36,8 +39,8 @@ class AllGather(Dispatcher):
         slot_XKJ = target_XKJ - comm.rank(group) * S
         slot_N = torch.where((slot_XKJ >= 0) & (slot_XKJ < S), slot_XKJ, S).amin(2).flatten()  # S = not here
 
-        order_N = slot_N.argsort(stable=True)
-        back_N1 = torch.where(slot_N < S, inverse(order_N), -1)[:, None]
+        order_N, back_N = rows.sort(slot_N, num_keys=S + 1, fused=routing.fused)
+        back_N1 = torch.where(slot_N < S, back_N, -1)[:, None]
         load_S = slot_N.new_zeros(S + 1).scatter_add_(0, slot_N, torch.ones_like(slot_N))[:S]
         offsets_S = load_S.cumsum(0, dtype=torch.int32)
         choice_M = order_N[: X * C]
@@ -45,6 +48,7 @@ class AllGather(Dispatcher):
         token_M = torch.where(choice_M < 0, -1, choice_M // K)
         back_XC = back_N1.view(X, K).sort(1, descending=True).values[:, :C]
 
+        beside()
         x_XD = comm.gather(x_TD, dim=0, group=group)
         weights_XK = comm.gather(routing.weights_TK, dim=0, group=group)
         weights_M = gather(weights_XK.flatten(), choice_M, back_N1, ragged=True)

@@ -17,6 +17,7 @@ how cp and tp cut the sequences. Weights are not renormalized after a drop; drop
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -28,7 +29,7 @@ from moetrain import comm, counter
 from moetrain.config import UserError, config
 from moetrain.moe import draw
 from moetrain.moe.rows import gather, gather_sum
-from moetrain.moe.types import Dispatcher, LayoutDependence, Routing, Rows, Slots, Tokens
+from moetrain.moe.types import Dispatcher, LayoutDependence, Routing, Rows, Slots, Tokens, nothing
 
 
 class Scope(Enum):
@@ -81,7 +82,9 @@ class Capacity(Dispatcher):
             axes=("cp", "tp"), instead="model.moe.dispatcher.scope=sequence",
         )  # fmt: skip
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
+    ) -> tuple[Rows, Ticket]:
         group, num_slots = slots.group, slots.num_slots
         (T, K), (E, J), R = routing.ids_TK.shape, slots.target_EJ.shape, comm.size(group)
         first_TK = self._first(routing, tokens)
@@ -109,8 +112,8 @@ class Capacity(Dispatcher):
         back_TX = back_TKJ.view(T, K * J)
         x_XD = gather(x_TD, token_X, back_TX, ragged=True)
         weights_X = gather(routing.weights_TK.flatten(), choice_X, back_TKJ.view(-1, J), ragged=True)
-        x_MD = comm.all_to_all(x_XD, recv=None, send=None, group=group)
         weights_M = comm.all_to_all(weights_X, recv=None, send=None, group=group)
+        x_MD = comm.all_to_all_beside(x_XD, beside, recv=None, send=None, group=group)
         rows = torch.arange(trash, device=x_TD.device)
         index_M = rows.view(R, num_slots, C).transpose(0, 1).flatten()
         arrive_M1 = rows.view(num_slots, R, C).transpose(0, 1).reshape(-1, 1)

@@ -8,6 +8,7 @@ With expert tensor parallelism each assignment is sent J times in that all-to-al
 The one host sync of a layer in a group is the copy of the send and receive counts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ from torch.distributed import ProcessGroup
 from moetrain import comm
 from moetrain.config import config
 from moetrain.moe import rows
-from moetrain.moe.rows import gather, gather_sum, inverse
-from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+from moetrain.moe.rows import gather, gather_sum
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens, nothing
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,19 @@ class Ticket:
 
 @config(group="dispatcher", name="dropless")
 class Dropless(Dispatcher):
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
+    ) -> tuple[Rows, Ticket]:
         group, S = slots.group, slots.num_slots
         out = outgoing(routing, slots.target_EJ, num_targets=comm.size(group) * S)
         if group is None:
-            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None)
+            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None, beside=beside)
         send_RS = out.load_X.view(-1, S)
         recv_RS = torch.empty_like(send_RS)
         dist.all_to_all_single(recv_RS, send_RS, group=group)
         send, recv = rows.counts_on_host(send_RS.sum(1), recv_RS.sum(1), num_rows=out.token_N.numel())
         leg = Leg(send, recv, rows.regroup(recv_RS, num_rows=sum(recv)))
-        return travel(x_TD, out, (leg,), load_RS=recv_RS, group=group)
+        return travel(x_TD, out, (leg,), load_RS=recv_RS, group=group, beside=beside)
 
     def combine(self, y_ND: Tensor, ticket: Ticket) -> Tensor:
         return back(y_ND, ticket)
@@ -76,8 +79,7 @@ def outgoing(routing: Routing, target_EJ: Tensor, *, num_targets: int) -> Outgoi
     if routing.ragged:
         none_N = (routing.ids_TK < 0).flatten().repeat_interleave(J)
         target_N = torch.where(none_N, num_targets, target_N)
-    order_N = target_N.argsort(stable=True)
-    back_N = inverse(order_N)
+    order_N, back_N = rows.sort(target_N, num_keys=num_targets + routing.ragged, fused=routing.fused)
     if routing.ragged:
         back_N = torch.where(none_N, -1, back_N)  # pyright: ignore[reportPossiblyUnboundVariable]
     load_X = target_N.new_zeros(num_targets).scatter_(0, target_EJ.flatten(), routing.load_E.repeat_interleave(J))
@@ -86,11 +88,14 @@ def outgoing(routing: Routing, target_EJ: Tensor, *, num_targets: int) -> Outgoi
 
 
 def travel(
-    x_TD: Tensor, out: Outgoing, legs: tuple[Leg, ...], *, load_RS: Tensor, group: ProcessGroup | None
-) -> tuple[Rows, Ticket]:
-    """Rows and weights over each leg in turn, none where a rank is alone; ``load_RS`` comes from each rank per slot."""
+    x_TD: Tensor, out: Outgoing, legs: tuple[Leg, ...], *, load_RS: Tensor, group: ProcessGroup | None,
+    beside: Callable[[], None],
+) -> tuple[Rows, Ticket]:  # fmt: skip
+    """Weights and rows over each leg in turn, the last ``beside`` something else, none where a rank is alone;
+    ``load_RS`` comes from each rank per slot."""
     offsets_S = load_RS.sum(0).cumsum(0, dtype=torch.int32)
     if not legs:
+        beside()
         ticket = Ticket(out.token_N, out.back_TX, out.ragged, (), None)
         return Rows(x_TD, out.token_N, out.back_TX, offsets_S, out.weights_N, out.ragged), ticket
     sent = sum(legs[0].send)
@@ -99,8 +104,9 @@ def travel(
     for i, leg in enumerate(legs):
         if i:
             x_MD = gather(x_MD, *legs[i - 1].order)
-        x_MD = comm.all_to_all(x_MD, recv=leg.recv, send=leg.send, group=group)
         weights_M = gather(comm.all_to_all(weights_M, recv=leg.recv, send=leg.send, group=group), *leg.order)
+        during = beside if leg is legs[-1] else nothing
+        x_MD = comm.all_to_all_beside(x_MD, during, recv=leg.recv, send=leg.send, group=group)
     ticket = Ticket(token_N, out.back_TX, out.ragged, legs, group)
     return Rows(x_MD, *legs[-1].order, offsets_S, weights_M), ticket
 

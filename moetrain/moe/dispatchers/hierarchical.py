@@ -14,6 +14,8 @@ over each; backward the same. One host sync, of all four sides' counts. On one n
 own, or where nodes do not hold whole runs of the expert group, it is one all-to-all: dropless.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -22,7 +24,7 @@ from moetrain.config import UserError, config, replace
 from moetrain.layouts import divisors
 from moetrain.moe import rows
 from moetrain.moe.dispatchers.dropless import Leg, Ticket, back, outgoing, travel
-from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens
+from moetrain.moe.types import Dispatcher, Routing, Rows, Slots, Tokens, nothing
 
 
 @config(group="dispatcher", name="hierarchical")
@@ -55,7 +57,9 @@ class Hierarchical(Dispatcher):
         fits = [d for d in divisors(ranks) if 1 < d < ranks]
         return replace(self, ranks_per_node=ranks if was <= P else fits[0] if P > 1 and fits else 1)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots) -> tuple[Rows, Ticket]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, tokens: Tokens, slots: Slots, beside: Callable[[], None] = nothing
+    ) -> tuple[Rows, Ticket]:
         group, S = slots.group, slots.num_slots
         R = comm.size(group)
         P = self._on_a_node(R)
@@ -63,7 +67,7 @@ class Hierarchical(Dispatcher):
         peer_EJ = slots.target_EJ // S
         out = outgoing(routing, (peer_EJ % P * H + peer_EJ // P) * S + slots.target_EJ % S, num_targets=R * S)
         if group is None:
-            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None)
+            return travel(x_TD, out, (), load_RS=out.load_X[None], group=None, beside=beside)
 
         node, local = divmod(comm.rank(group), P)
         near, far = range(node * P, (node + 1) * P), range(local, R, P)
@@ -83,7 +87,7 @@ class Hierarchical(Dispatcher):
             legs = Leg(_of_all(R, near, send), _of_all(R, near, held), transit), Leg(on, recv, arrival)
         else:
             legs = (Leg(send, held, rows.regroup(recv_RS, num_rows=sum(held))),)
-        return travel(x_TD, out, legs, load_RS=recv_RS, group=group)
+        return travel(x_TD, out, legs, load_RS=recv_RS, group=group, beside=beside)
 
     def combine(self, y_ND: Tensor, ticket: Ticket) -> Tensor:
         return back(y_ND, ticket)

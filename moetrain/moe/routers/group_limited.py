@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
+from moetrain.kernels import routing
 from moetrain.layouts import divisors
 from moetrain.moe import ties
 from moetrain.moe.routers.topk import TopK, top_k
-from moetrain.moe.types import Context, Routing
+from moetrain.moe.types import Context
 
 
 class GroupScore(Enum):
@@ -53,14 +54,20 @@ class GroupLimited(TopK):
                 f"model.moe.router.top_k={self.top_k} is more than the {within} experts of max_groups="
                 f"{self.max_groups} groups of {num_experts // self.num_groups}: raise max_groups or lower top_k"
             )
+        if self.fused and (best := self._best(num_experts // self.num_groups)) > 2:
+            raise UserError(
+                f"model.moe.router.fused=true with group_score=sum of a group's best {best} (top_k={self.top_k} / "
+                f"max_groups={self.max_groups}): the kernel adds up 2 at most; use fused=false"
+            )
 
-    def __call__(
-        self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
-    ) -> Routing:
-        """(T, E), (E,) -> K experts per token; groups are chosen by biased scores too (ties: the lower group)."""
-        scores_TE = self.scores(logits_TE)
-        steered_TE, _ = self._steered(scores_TE.detach() + bias_E)
-        return self.weigh(logits_TE, scores_TE, top_k(steered_TE, self.top_k))
+    def choose(self, steering_TE: Tensor, bias_E: Tensor) -> Tensor:
+        """(T, E), (E,) -> (T, K) ids; groups are chosen by biased scores too (ties: the lower group)."""
+        if self.fused:
+            best = self._best(steering_TE.shape[1] // self.num_groups)
+            groups = routing.Groups(self.num_groups, self.max_groups, best)
+            return routing.choose(steering_TE, bias_E, self.top_k, groups=groups)
+        steered_TE, _ = self._steered(steering_TE.detach() + bias_E)
+        return top_k(steered_TE, self.top_k)
 
     def margins(
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None

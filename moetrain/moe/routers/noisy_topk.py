@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
 from moetrain.moe import draw, ties
-from moetrain.moe.routers.topk import TopK, top_k
+from moetrain.moe.routers.topk import TopK
 from moetrain.moe.types import Context, Routing
 
 
@@ -38,8 +38,8 @@ class NoisyTopK(TopK):
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None
     ) -> Routing:
         """(T, E), (E,) -> K experts per token; held-out data is routed without noise."""
-        steering_TE = self._steering(logits_TE.detach(), ctx, layer) + bias_E
-        return self.weigh(logits_TE, self.scores(logits_TE), top_k(steering_TE, self.top_k))
+        steering_TE = self._steering(logits_TE.detach(), ctx, layer)
+        return self.weigh(logits_TE, self.scores(logits_TE), self.choose(steering_TE, bias_E))
 
     def margins(
         self, logits_TE: Tensor, bias_E: Tensor, *, ctx: Context, layer: int, group: ProcessGroup | None = None

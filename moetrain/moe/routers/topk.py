@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import UserError, config
+from moetrain.kernels import routing
 from moetrain.moe.types import Context, Router, Routing
 
 
@@ -36,12 +37,21 @@ class TopK(Router):
     ) -> Routing:
         """(T, E), (E,) -> K experts per token. The bias steers the choice, never the mixing weight."""
         scores_TE = self.scores(logits_TE)
-        return self.weigh(logits_TE, scores_TE, top_k(scores_TE + bias_E, self.top_k))
+        return self.weigh(logits_TE, scores_TE, self.choose(scores_TE, bias_E))
+
+    def choose(self, steering_TE: Tensor, bias_E: Tensor) -> Tensor:
+        """(T, E), (E,) -> (T, K) ids of the highest sums."""
+        if self.fused:
+            return routing.choose(steering_TE, bias_E, self.top_k)
+        return top_k(steering_TE + bias_E, self.top_k)
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.softmax(-1) if self.score is Score.softmax else logits_TE.sigmoid()
 
     def weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Routing:
+        if self.fused:
+            weights_TK = routing.weigh(scores_TE, ids_TK, normed=self.renormalize, scale=self.scale)
+            return Routing(logits_TE, scores_TE, ids_TK, weights_TK)
         weights_TK = scores_TE.gather(-1, ids_TK)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
