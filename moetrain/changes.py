@@ -64,7 +64,7 @@ _TAGS: dict[Tag, dict[str, str]] = {
         "ExpertBias": "rate update until_step",
         "ExpertChoice": "factor non_causal",
         "GroupLimited": "num_groups max_groups group_score",
-        "MoEConfig": "router rounding dispatcher balance",
+        "MoEConfig": "router rounding dispatcher balance fp8_tile",
         "ModelConfig": "norm_eps rope windows moe init_std depth_scaled_init",
         "MuonConfig": "momentum ns_steps ns_dtype lr_scale weight_decay",
         "NoisyTopK": "gumbel jitter",

@@ -69,10 +69,14 @@ def product(
     y: Callable[[Tensor, Tensor], Tensor],
     d_x: Callable[[Tensor, Tensor], Tensor],
     d_w: Callable[[Tensor, Tensor], Tensor],
+    own: bool = False,
 ) -> Tensor:
-    """``y(x, w)``, whose gradients are ``d_x(g, w)`` and ``d_w(g, x)``. ``w`` may be a view or cast of a parameter."""
+    """``y(x, w)``, whose gradients are ``d_x(g, w)`` and ``d_w(g, x)``. ``w`` may be a view or cast of a parameter.
+
+    ``own``: autograd would not find these gradients by itself.
+    """
     if not (recording() and x.requires_grad and w.requires_grad):
-        return y(x, w)
+        return _Seen.apply(x, w, y, d_x, d_w) if own else y(x, w)  # pyright: ignore[reportReturnType]
     return _Product.apply(x, (w,), y, d_x, d_w)  # pyright: ignore[reportReturnType]
 
 
@@ -104,3 +108,20 @@ class _Product(torch.autograd.Function):
         d_x = ctx.d_x(g, w)
         leave(ctx.used[0], ctx.d_w, g, x)
         return d_x, None, None, None, None
+
+
+class _Seen(torch.autograd.Function):
+    """A product whose weight autograd sees."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, y, d_x, d_w) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.d_x, ctx.d_w = d_x, d_w
+        return y(x, w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, w = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return ctx.d_x(g, w) if needs[0] else None, ctx.d_w(g, x) if needs[1] else None, None, None, None

@@ -16,7 +16,7 @@ _MIB = 2**20
 def describe(trainer: Trainer) -> list[str]:
     cfg, world = trainer.cfg, trainer.world
     moe = cfg.model.moe
-    sizes = {"dim": cfg.model.dim, "hidden": -(-moe.hidden // trainer.mesh.layout.etp)}
+    sizes = {"dim": cfg.model.dim, "hidden": -(-moe.hidden // trainer.mesh.layout.etp), "fp8_tile": moe.fp8_tile}
     _, why = kernels.choose(moe.kernel, device=world.device, dtype=trainer.dtype, **sizes)
     if moe.router.fused:
         why += f", {kernels.routing.check(device=world.device, dtype=trainer.dtype)}"

@@ -11,6 +11,7 @@ from moetrain.bad_steps import BadStepsConfig
 from moetrain.config import UserError, config
 from moetrain.data.corpus import Corpus
 from moetrain.data.loader import DataConfig, Loader, Samples, Validation, open_corpora
+from moetrain.kernels import float8
 from moetrain.layouts import Layout
 from moetrain.logical import DTypeName
 from moetrain.model.transformer import ModelConfig, Transformer
@@ -175,6 +176,7 @@ def check(cfg: Config, *, world: int) -> Layout:
     t, ramp = cfg.train, cfg.train.ramp
     for moe in cfg.model.moe_configs:
         moe.check()
+        float8.check(moe.fp8_tile, hidden=moe.hidden, etp=layout.etp)
         moe.rounding.check(moe.router, num_experts=moe.num_experts, tokens=t.seq_len, sequences=t.micro_batch)
     step = layout.dp * t.micro_batch
     sizes = {"train.batch": t.batch}

@@ -107,6 +107,7 @@ def backends(cfg: Config) -> Iterator[Finding]:
             "dtype": name.torch,
             "dim": cfg.model.dim,
             "hidden": -(-moe.hidden // cfg.layout.etp),
+            "fp8_tile": moe.fp8_tile,
         }
         _, words = kernels.choose(Kernel.auto, **sizes)
         others: dict[str, str] = {}

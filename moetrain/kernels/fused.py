@@ -3,6 +3,7 @@ backward are X, H = (gate(x), up(x)) and the routing, 2 N D + 4 M F bytes in bf1
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,26 +34,47 @@ def unfit_at(device: torch.device) -> str | None:
     return None
 
 
+def unfit_float8(*, device: torch.device, tile: int, dim: int, hidden: int) -> str | None:
+    """Why the Triton kernels cannot compute this in float8, or None."""
+    if tile != 128 or dim % 128 or hidden % 128:
+        return (
+            f"the Triton kernels have float8 in tiles of 128, of widths that are multiples (dim {dim}, hidden {hidden})"
+        )
+    if not world.on_cpu(device) and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "float8 wants an NVIDIA GPU of compute capability 8.9 or more"
+    return None
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on whatever device the tensors are."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def swiglu(rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False) -> Tensor:
+def swiglu(
+    rows: Rows, gate_up_S2FD: Tensor, down_SDF: Tensor, *, again: bool = False, in_float8: bool = False
+) -> Tensor:
     """See ``kernels/__init__.py``. ``again`` is so in any case."""
     weights = (gate_up_S2FD, down_SDF)
     if (
         deferred.recording() and rows.x_ND.requires_grad and all(w.requires_grad for w in weights)
     ):  # hidden from autograd, which backward then tells itself, or later
-        return _SwiGLU.apply(rows.x_ND, rows.weights_M, rows, weights)  # pyright: ignore[reportReturnType]
-    return _SwiGLU.apply(rows.x_ND, rows.weights_M, rows, None, *weights)  # pyright: ignore[reportReturnType]
+        return _SwiGLU.apply(rows.x_ND, rows.weights_M, rows, in_float8, weights)  # pyright: ignore[reportReturnType]
+    return _SwiGLU.apply(rows.x_ND, rows.weights_M, rows, in_float8, None, *weights)  # pyright: ignore[reportReturnType]
+
+
+def _launch(in_float8: bool) -> Any:
+    """Triton takes a while to import, and may not be there."""
+    from moetrain.kernels import triton_fp8, triton_launch
+
+    return triton_fp8 if in_float8 else triton_launch
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weights_M: Tensor, rows: Rows, hidden: tuple | None, *seen: Tensor) -> Tensor:
-        from moetrain.kernels import triton_launch as launch  # Triton takes a while to import, and may not be there
-
+    def forward(
+        ctx, x_ND: Tensor, weights_M: Tensor, rows: Rows, in_float8: bool, hidden: tuple | None, *seen: Tensor
+    ) -> Tensor:
+        launch = _launch(in_float8)
         gate_up, down = (w.detach().contiguous() for w in hidden or seen)
         x_ND = x_ND.contiguous()
         tiles = launch.plan(rows.offsets_S, num_rows=rows.index_M.shape[0])
@@ -61,14 +83,13 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(
             x_ND, weights_M, gate_up, down, h_M2F, rows.index_M, rows.back_NJ, rows.offsets_S, tiles.table
         )
-        ctx.block, ctx.ragged, ctx.hidden = tiles.block, rows.ragged, hidden
+        ctx.block, ctx.ragged, ctx.hidden, ctx.in_float8 = tiles.block, rows.ragged, hidden, in_float8
         return launch.sums(y_MD, rows.back_NJ, ragged=rows.ragged)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_ND: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        from moetrain.kernels import triton_launch as launch
-
+        launch = _launch(ctx.in_float8)
         x_ND, weights_M, gate_up, down, h_M2F, index_M, back_NJ, offsets_S, table = ctx.saved_tensors
         tiles, g_ND = launch.Tiles(table, ctx.block), g_ND.contiguous()
         d_h, a_MF, d_weights = launch.down_grad(g_ND, index_M, down, weights_M, tiles, h_M2F)
@@ -85,12 +106,12 @@ class _SwiGLU(torch.autograd.Function):
             deferred.leave(ctx.hidden[1], d_down, g_ND, a_MF)
             deferred.leave(ctx.hidden[0], d_gate_up, d_h, x_ND.detach())
         else:
-            if needs[5]:
+            if needs[6]:
                 found[1] = d_down(g_ND, a_MF)
-            if needs[4]:
+            if needs[5]:
                 found[0] = d_gate_up(d_h, x_ND)
         del a_MF
         d_x = None
         if needs[0]:
             d_x = launch.sums(launch.rows(d_h, gate_up.flatten(1, 2), tiles, kn=True), back_NJ, ragged=ctx.ragged)
-        return d_x, d_weights if needs[1] else None, None, None, *(found if ctx.hidden is None else ())
+        return d_x, d_weights if needs[1] else None, None, None, None, *(found if ctx.hidden is None else ())

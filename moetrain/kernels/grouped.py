@@ -1,5 +1,6 @@
 """Grouped GEMM through torch's own ``F.grouped_mm``, without a host sync; on a CPU slot by slot."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,7 +31,7 @@ def _grouped_mm(x_MI: Tensor, w_SOI: Tensor, offsets_S: Tensor) -> Tensor:
         return deferred.product(
             x_MI, w_SOI,
             y=lambda x, w: _RoundedRows.apply(x, w, ends),  # pyright: ignore[reportArgumentType]
-            d_x=lambda g, w: _by_slot(g, w, ends), d_w=lambda g, x: _weights_by_slot(g, x, ends),
+            d_x=lambda g, w: by_slot(g, w, ends), d_w=lambda g, x: weights_by_slot(g, x, ends),
         )  # fmt: skip
     return deferred.product(
         x_MI, w_SOI,
@@ -49,24 +50,24 @@ class _RoundedRows(torch.autograd.Function):
     def forward(ctx, x_MI: Tensor, w_SOI: Tensor, ends: list[int]) -> Tensor:
         ctx.save_for_backward(x_MI, w_SOI)
         ctx.ends = ends
-        return _by_slot(x_MI, w_SOI.transpose(1, 2), ends)
+        return by_slot(x_MI, w_SOI.transpose(1, 2), ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_MO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MI, w_SOI = ctx.saved_tensors
-        d_x_MI = _by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
-        return d_x_MI, _weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
+        d_x_MI = by_slot(g_MO, w_SOI, ctx.ends) if ctx.needs_input_grad[0] else None
+        return d_x_MI, weights_by_slot(g_MO, x_MI, ctx.ends) if ctx.needs_input_grad[1] else None, None
 
 
-def _weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
+def weights_by_slot(g_MO: Tensor, x_MI: Tensor, ends: list[int]) -> Tensor:
     d_w_SOI = g_MO.new_empty(len(ends), g_MO.shape[1], x_MI.shape[1])
     for d_w, start, end in zip(d_w_SOI, [0, *ends], ends, strict=False):
         torch.mm(_padded(g_MO, start, end).t(), _padded(x_MI, start, end), out=d_w)
     return d_w_SOI
 
 
-def _by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
+def by_slot(x_MI: Tensor, w_SIO: Tensor, ends: list[int]) -> Tensor:
     """Slots in order: what one computes past its rows, the next overwrites."""
     y_MO = x_MI.new_empty(x_MI.shape[0], w_SIO.shape[2])
     for w_IO, start, end in zip(w_SIO, [0, *ends], ends, strict=False):
@@ -106,19 +107,29 @@ def swiglu(
         ends = ends_on_host(rows.offsets_S, num_rows=x_MD.shape[0])
         y_MD = slots.swiglu(x_MD, gate_up_SHD, down_SDF, ends) * rows.weights_M[:, None]
     else:
-        both_M2F = _grouped_mm(x_MD, gate_up_SHD, rows.offsets_S)
-        compiled = compiling.active(compiled) and len(rows.index_M) > 1  # 0 and 1 are numbers apart to torch.compile
-        down = partial(_down, compiled=compiled)
-        y_MD = rerun(down, both_M2F, rows.weights_M, down_SDF, rows.offsets_S, on=again)
+        product = partial(_grouped_mm, offsets_S=rows.offsets_S)
+        y_MD = sorted_swiglu(product, x_MD, gate_up_SHD, down_SDF, rows.weights_M, again=again, compiled=compiled)
     return gather_sum(y_MD, rows.index_M, rows.back_NJ, ragged=rows.ragged)
 
 
-def _down(both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, offsets_S: Tensor, *, compiled: bool) -> Tensor:
+def sorted_swiglu(
+    product: Callable[..., Tensor], x_MD: Tensor, gate_up: Tensor, down: Tensor, weights_M: Tensor, *, again: bool,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
+    """Of rows by slot, by a ``product`` (M, I), (S, ..., I) -> (M, O); the weight multiplies the hidden row."""
+    compiled = compiling.active(compiled) and len(x_MD) > 1  # 0 and 1 are numbers apart to torch.compile
+    rest = partial(_down, compiled=compiled)
+    return rerun(rest, product(x_MD, gate_up), weights_M, down, product, on=again)
+
+
+def _down(
+    both_M2F: Tensor, weights_M: Tensor, down_SDF: Tensor, product: Callable[..., Tensor], *, compiled: bool
+) -> Tensor:
     hidden = _hidden
     if compiled:
         compiling.any_rows(both_M2F, weights_M)
         hidden = compiling.compiled(_hidden)
-    return _grouped_mm(hidden(both_M2F, weights_M), down_SDF, offsets_S)
+    return product(hidden(both_M2F, weights_M), down_SDF)
 
 
 def _hidden(both_M2F: Tensor, weights_M: Tensor) -> Tensor:

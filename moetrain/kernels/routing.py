@@ -1,7 +1,6 @@
 """A router's choice, its weights and the order of rows by target in few launches (``triton_routing.py``): choices and
 order have the bits of torch's path; weights are as near to float64. Nothing here waits for the device."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moetrain import world
 from moetrain.config import UserError
 from moetrain.kernels import fused
 
@@ -25,12 +23,8 @@ class Groups:
 
 def check(*, device: torch.device, dtype: torch.dtype) -> str:
     """What is said of it at a run's start; raises ``UserError`` where it cannot run. ``dtype``: what is computed in."""
-    why = None
-    if importlib.util.find_spec("triton") is None:
-        why = "Triton is not installed (pip install 'moetrain[gpu]')"
-    elif world.on_cpu(device) and not fused.interpreted():
-        why = "Triton compiles for GPUs, and this is a CPU (TRITON_INTERPRET=1 interprets it, slowly)"
-    elif dtype is torch.float64:
+    why = fused.unfit_at(device)
+    if why is None and dtype is torch.float64:
         why = "the Triton kernels route in float32, not in float64"
     if why:
         raise UserError(f"model.moe.router.fused=true: {why}; use model.moe.router.fused=false")

@@ -96,19 +96,23 @@ def weights(left: Tensor, right: Tensor, index_M: Tensor, offsets_S: Tensor, *, 
 
 
 def _start(kernel: Any, *args: Any, across: int, most: int, k: int, dtype: torch.dtype, **constants: Any) -> None:
+    k_block = 64 if k % 64 == 0 else 32
+    if dtype is torch.float32:  # no tf32: half the tile, as its numbers are twice as wide
+        k_block = 32
+    constants |= {"BLOCK_K": k_block, "PRECISION": "ieee" if dtype is torch.float32 else "tf32"}
+    start(kernel, *args, across=across, most=most, **constants)
+
+
+def start(kernel: Any, *args: Any, across: int, most: int, **constants: Any) -> None:
     """``most`` blocks of rows times ``across`` columns, shared out among as many programs as run at once."""
     if not _real(args[0]):
         return
     _give_descriptors_room()
-    k_block = 64 if k % 64 == 0 else 32
     programs = 3 if _INTERPRETED else _processors(args[0].device)
 
     def grid(meta: dict) -> tuple[int]:
         return (max(1, min(programs, most * _blocks(across, meta["BLOCK_N"]))),)
 
-    if dtype is torch.float32:  # no tf32: half the tile, as its numbers are twice as wide
-        k_block = 32
-    constants |= {"BLOCK_K": k_block, "PRECISION": "ieee" if dtype is torch.float32 else "tf32"}
     kernel[grid](*args, **constants)
 
 
@@ -140,7 +144,7 @@ def _give_descriptors_room() -> None:
     triton.set_allocator(lend)
 
 
-def _tuned(kernel: Any, shapes: list[str], *tried: dict[str, int]) -> Any:
+def tuned(kernel: Any, shapes: list[str], *tried: dict[str, int]) -> Any:
     """The kernel with the fastest of the sizes ``tried``, found out once for each combination of ``shapes``."""
     configs = []
     for sizes in tried[: 1 if _INTERPRETED else None]:
@@ -158,27 +162,27 @@ def _quickly(call: Any, quantiles: Any) -> Any:
 
 _plan: Any = gemm.plan_kernel
 _sums: Any = gemm.sums_kernel
-_up = _tuned(
+_up = tuned(
     gemm.up_kernel,
     ["num_slots", "D", "F", "BLOCK_M"],
     {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     {"BLOCK_N": 128, "num_warps": 8, "num_stages": 4},
     {"BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
 )
-_rows = _tuned(
+_rows = tuned(
     gemm.rows_kernel,
     ["num_slots", "K", "N", "KN", "BLOCK_M"],
     {"BLOCK_N": 256, "num_warps": 8, "num_stages": 3},
     {"BLOCK_N": 256, "num_warps": 8, "num_stages": 4},
     {"BLOCK_N": 128, "num_warps": 4, "num_stages": 4},
 )
-_down_grad = _tuned(
+_down_grad = tuned(
     gemm.down_grad_kernel,
     ["num_slots", "D", "F", "BLOCK_M"],
     {"num_warps": 8, "num_stages": 3},
     {"num_warps": 8, "num_stages": 4},
 )
-_weights = _tuned(  # rows are found through an index, a load before a load: of two stages one holds a tile
+_weights = tuned(  # rows are found through an index, a load before a load: of two stages one holds a tile
     gemm.weights_kernel,
     ["num_slots", "P", "Q", "GATHER_LEFT"],
     {"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "num_stages": 5},

@@ -50,6 +50,7 @@ class MoEConfig:
     shared_gate: bool = False
     residual: bool = False
     kernel: kernels.Kernel = kernels.Kernel.auto
+    fp8_tile: int = 0  # numbers of a routed expert's factor that share a float8 scale; 0 = no float8
     gate: GateConfig = field(default_factory=LinearGateConfig)
     router: Router = field(default_factory=TopK)
     rounding: TokenRounding = field(default_factory=TokenRounding)
@@ -109,6 +110,7 @@ class MoEConfig:
                 raise UserError(f"{e} (its experts are all {self.num_choices} choices, {words})") from e
 
     def __post_init__(self) -> None:
+        kernels.check(self.kernel, fp8_tile=self.fp8_tile)
         if self.residual and (self.shared_gate or not self.shared_hidden):
             raise UserError(
                 f"model.moe.residual=true with shared_hidden={self.shared_hidden} shared_gate={self.shared_gate}: it "
@@ -207,7 +209,7 @@ class MoE(nn.Module):
         slots = Slots(target_EJ, placement.num_slots, self.group)
         rows, ticket = self.cfg.dispatcher.dispatch(x_TD, sent, tokens=tokens, slots=slots, beside=beside)
         sizes = {"device": x_TD.device, "dtype": x_TD.dtype, "dim": self.dim, "hidden": self.width}
-        backend, _ = kernels.choose(self.cfg.kernel, **sizes)
+        backend, _ = kernels.choose(self.cfg.kernel, **sizes, fp8_tile=self.cfg.fp8_tile)
         y_TD = self.cfg.dispatcher.combine(self.experts(rows, backend, replicas), ticket)
         if stays_TD is not None:
             y_TD = y_TD + stays_TD

@@ -59,6 +59,11 @@ def in_dtype(cfg: Config, dtype: DType) -> Config:
 def make_reference(cfg: Config, ranks: Ranks, folder: Path, *, layout: Layout = ALONE) -> Reference:
     """Run the reference of a case, which recomputes and compiles nothing; raises ``FailedError``, or ``UserError``
     where the model refuses its layout."""
+    if cfg.model.moe_layers and cfg.model.moe.fp8_tile and cfg.train.dtype is DType.float32:
+        raise UserError(
+            f"model.moe.fp8_tile={cfg.model.moe.fp8_tile} with train.dtype=float32: a float32 that rounds to the next "
+            f"float8 number differs by more than float32's tolerance; compare with --dtype float64 or bfloat16"
+        )
     alone = layout.world == 1
     ranks.lead(lambda: _clear(folder))
     cfg = replace(prepared(cfg), layout=layout)

@@ -14,6 +14,7 @@ from typing import Any
 from moetrain import config as configs
 from moetrain.config import UserError
 from moetrain.job import Config
+from moetrain.kernels.float8 import TILES
 from moetrain.layouts import Layout, divisors
 from moetrain.moe.layer import MoEConfig
 from moetrain.moe.per_layer import PerLayer
@@ -290,7 +291,7 @@ def _apply(cfg: Config, n: Numbers) -> Config:
         dispatcher=m.moe.dispatcher.shrunk(
             was=_spanned(m.moe, cfg.layout.edp, cfg.layout), ranks=_spanned(m.moe, n.axes["edp"], n)
         ),
-        per_layer=_per_layer(m.moe, n),
+        per_layer=_per_layer(m.moe, n), fp8_tile=min(m.moe.fp8_tile, TILES[0]),
     )  # fmt: skip
     own = {f.name for f in fields(m)} & {f.name for f in fields(n)}
     shapes = {name: getattr(n, name) for name in own} | {"windows": _windows(cfg, n)}
@@ -376,6 +377,7 @@ _CHANGED: tuple[tuple[str, str, Callable[[Config], Any]], ...] = (
     ("recompute.layers", "some of the new layers", lambda cfg: cfg.recompute.layers),
     ("model.windows", "rows are shorter", lambda cfg: cfg.model.windows),
     ("model.moe.dispatcher", "smaller groups of experts", lambda cfg: cfg.model.moe.dispatcher),
+    ("model.moe.fp8_tile", "experts are narrower", lambda cfg: cfg.model.moe.fp8_tile),
     ("model.moe.rounding", "an expert has fewer tokens", lambda cfg: cfg.model.moe.rounding),
     ("data.ignore_tokens", "ids below the new vocabulary's size", lambda cfg: len(cfg.data.ignore_tokens)),
 )

@@ -70,6 +70,8 @@ def options() -> dict[str, dict]:
     found["residual MoE"] = {"residual": True, "shared_gate": False, "router": {"kind": "topk"} | ONE}
     found["pyramid"] = {"per_layer": {"experts": [8, 8, 16], "top_k": [1, 2, 2]}, "router": {"kind": "topk"} | PLAIN}
     found["early top-k"] = {"per_layer": {"early_top_k": [4, 3], "early_steps": 2}}
+    found["float8 experts"] = {"fp8_tile": 8, "hidden": 32}
+    found["float8 experts that travel"] = {"fp8_tile": 8, "hidden": 32, "placement": {"kind": "fssdp"}}
     found["windows"] = {"model": {"windows": [5, 0, 9]}}
     found["frozen router"] = {"optim": {"freeze": ["*.moe.gate.*"]}}
     found["frozen router, muon"] = {"optim": {"freeze": ["*.moe.gate.*"], "kind": "muon"}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.kernels import fused, grouped, reference
+from moetrain.kernels import fused, grouped, reference, te
 from moetrain.moe.rows import inverse
 from moetrain.moe.types import Rows
 
@@ -74,6 +74,13 @@ def test_grouped_mm_equals_float64(device, dtype, case) -> None:
 def test_triton_equals_float64(device, dtype, case) -> None:
     runs(device, dtype)
     against_float64(fused.swiglu, device, dtype, case)
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_te_equals_float64(device, case) -> None:
+    if why := te.unfit(device=device, dtype=torch.bfloat16):
+        pytest.skip(why)
+    against_float64(te.swiglu, device, torch.bfloat16, case)
 
 
 def test_triton_is_as_near_as_grouped_mm(device) -> None:

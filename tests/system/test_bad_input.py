@@ -65,6 +65,16 @@ CASES = {
     ),
     "a window that is no list": ("model.windows=4096", "model.windows"),
     "a negative learning rate": ("optim.lr=-1", "has to be above 0"),
+    "tiles that are none": ("model.moe.fp8_tile=12", "fp8_tile=12: use one of 8, 16, 32, 64, 128, or 0 for no float8"),
+    "tiles that etp cuts apart": (
+        "model.moe.fp8_tile=32 layout.tp=2 layout.etp=2",
+        "does not divide the 16 of model.moe.hidden=32 that each of layout.etp=2 ranks has: tiles would lie otherwise "
+        "than on one rank; use model.moe.fp8_tile=16 or model.moe.hidden=64",
+    ),
+    "float8 in a kernel that has none": (
+        "model.moe.fp8_tile=32 model.moe.kernel=reference",
+        "model.moe.kernel=reference has no float8: use model.moe.kernel=auto or fp8_tile=0",
+    ),
     "a capacity factor of zero": ("dispatcher=capacity model.moe.dispatcher.factor=0", "has to be above 0"),
     "a negative capacity of evaluation": (
         "dispatcher=capacity model.moe.dispatcher.eval_factor=-1",

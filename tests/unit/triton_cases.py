@@ -1,6 +1,7 @@
 """What ``test_triton.py`` runs in processes of its own, where Triton is told at its import how to run. Prints JSON.
 
 interpret   the kernels in Triton's interpreter, beside float64 and F.grouped_mm
+            those in float8 beside the emulation of it
 compile     the kernels built for sm_90, on any machine: registers spilled, shared memory, tensor core instructions
 """
 
@@ -8,12 +9,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moetrain import deferred
-from moetrain.kernels import Kernel, fused, grouped, reference
+from moetrain.kernels import Kernel, float8, fused, grouped, reference
 from moetrain.moe.dispatchers.allgather import AllGather
 from moetrain.moe.dispatchers.capacity import Capacity
 from moetrain.moe.dispatchers.dropless import Dropless
@@ -29,6 +31,11 @@ COUNTS = {
     "first and last empty": ([0, 129, 127, 0], 2, 32, 32),
     "one row": ([0, 0, 1], 1, 64, 64),
     "no rows": ([0, 0, 0], 1, 64, 64),
+}
+IN_FLOAT8 = {
+    "ragged": ([37, 0, 90, 1, 200], 2, 128, 256),
+    "all to one": ([0, 130, 0], 1, 256, 128),
+    "no rows": ([0, 0], 1, 128, 128),
 }
 TAIL = 7  # rows past the last offset, which nobody may read
 
@@ -92,6 +99,19 @@ def interpret() -> dict:
                 later = compute(fused.swiglu, t, rows, dtype, later=True)
                 case["deferred"] = all(torch.equal(a, b) for a, b in zip(got, later, strict=True))
             found[f"{name}, {dtype}"] = case
+    for name, (counts, top_k, dim, hidden) in IN_FLOAT8.items():
+        t, rows = leaves(counts, top_k, dim, hidden)
+        want = compute(partial(float8.swiglu, 128), t, rows, torch.float32)
+        ours = partial(fused.swiglu, in_float8=True)
+        got, once_more = (compute(ours, t, rows, torch.float32) for _ in range(2))
+        case = {
+            "errors": [error(a, b.double()) for a, b in zip(got, want, strict=True)],
+            "replay": all(torch.equal(a, b) for a, b in zip(got, once_more, strict=True)),
+        }
+        if sum(counts):
+            later = compute(ours, t, rows, torch.float32, later=True)
+            case["deferred"] = all(torch.equal(a, b) for a, b in zip(got, later, strict=True))
+        found[f"{name}, float8"] = case
     for dispatcher in (Dropless(), Capacity(factor=1.0), AllGather()):
         found[type(dispatcher).__name__] = {"errors": layers(dispatcher), "replay": True}
     return found
@@ -122,6 +142,7 @@ def build() -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from moetrain.kernels import triton_fp8
     from moetrain.kernels import triton_launch as launch
 
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -132,12 +153,20 @@ def build() -> dict:
         (launch._rows, {"BLOCK_M": 128, "KN": True}), (launch._down_grad, {"BLOCK_M": 128, "BLOCK_N": 128}),
         (launch._weights, {"GATHER_LEFT": True}), (launch._weights, {"GATHER_LEFT": False}),
     ]  # fmt: skip
+    tile = triton_fp8.TILE
+    eight = {"BLOCK_M": 128, "BLOCK_K": tile}
+    kernels += [
+        (triton_fp8._up, eight),
+        (triton_fp8._rows, eight),
+        (triton_fp8._down_grad, eight | {"BLOCK_N": tile // 2}),
+    ]
     found = {}
     for tuned, given in kernels:
         kernel = tuned.fn
         for config in tuned.configs[: None if every else 1]:
             constants = shared | given | config.kwargs
-            types = {name: kind(name) for name in kernel.arg_names if name not in constants}
+            constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+            types = {name: kind(name, kernel.arg_names) for name in kernel.arg_names if name not in constants}
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
             at = {i: name for i, name in enumerate(kernel.arg_names) if name in types}
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in at.items() if types[n][0] == "*" or len(n) == 1}
@@ -154,13 +183,17 @@ def build() -> dict:
             found[f"{kernel.__name__} {given} {config}"] = {
                 "spilled": int(spilled[1]), "shared": built.metadata.shared,
                 "wgmma": built.asm["ptx"].count("wgmma.mma_async"), "copies": built.asm["ptx"].count("cp.async"),
+                "float8": built.asm["ptx"].count("e4m3.e4m3"),
             }  # fmt: skip
     return found
 
 
-def kind(name: str) -> str:
-    """The type of a kernel's argument in a bf16 run."""
-    known = {"index": "*i64", "tiles": "*i32", "offsets": "*i32", "weights": "*fp32", "d_scale": "*fp32"}
+def kind(name: str, of: list[str]) -> str:
+    """The type of one of a kernel's arguments in a bf16 run; what comes with scales is float8."""
+    if f"{name}_scale" in of:
+        return "*fp8e4nv"
+    known = {"index": "*i64", "tiles": "*i32", "offsets": "*i32", "weights": "*fp32"}
+    known |= {n: "*fp32" for n in of if n.endswith("_scale")}
     return known.get(name) or ("i32" if name.startswith("num_") or name.isupper() else "*bf16")
 
 
