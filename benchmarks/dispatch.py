@@ -13,12 +13,22 @@ in one forward and backward after the warm-up.
 import statistics
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import ceilings
 import torch
-from gpu_results import DISPATCH_SHAPES, DISPATCHERS, dispatch_cell, failed, measured, named, record, versions_here
+from gpu_results import (
+    DISPATCH_SHAPES,
+    DISPATCHERS,
+    dispatch_cell,
+    failed,
+    measured,
+    named,
+    not_measured,
+    record,
+    versions_here,
+)
 from gpu_timing import Timer, free, in_turns, one_line
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -26,7 +36,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import moetrain.moe  # noqa: F401 (registers the options)
 from moetrain import comm
-from moetrain.config import OPTIONS
+from moetrain.config import OPTIONS, UserError
+from moetrain.kernels import routing
 from moetrain.moe.routers.topk import TopK
 from moetrain.moe.rows import gather, gather_sum
 from moetrain.moe.types import Context, Dispatcher, Slots, Tokens
@@ -39,7 +50,7 @@ ROUNDS, INPUTS = 20, 3
 class Case:
     """One dispatcher on this rank's tokens."""
 
-    dispatcher: Dispatcher
+    name: str
     shape: tuple[int, ...]
     device: torch.device
     group: ProcessGroup | None
@@ -49,7 +60,11 @@ class Case:
     def __post_init__(self) -> None:
         T, D, _, E, K = self.shape
         ranks = comm.size(self.group)
-        self.router = TopK(top_k=K)
+        option, _, fused = self.name.partition(", ")
+        self.dispatcher: Dispatcher = OPTIONS["dispatcher"][option]()
+        if fused:  # by the kernels of kernels/routing.py
+            routing.check(device=self.device, dtype=torch.bfloat16)
+        self.router = TopK(top_k=K, fused=bool(fused))
         self.slots = Slots(torch.arange(E, device=self.device)[:, None], E // ranks, self.group)
         self.position_S = torch.arange(T, device=self.device)
         sample_B = torch.zeros(1, dtype=torch.int64)
@@ -63,8 +78,8 @@ class Case:
         self.grad_TD = torch.randn(T, D, device=self.device, dtype=torch.bfloat16)
 
     def forward(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
-        routing = self.router(logits_TE, self.bias_E, ctx=self.ctx, layer=0)
-        rows, ticket = self.dispatcher.dispatch(x_TD, routing, tokens=self.tokens, slots=self.slots)
+        chosen = replace(self.router(logits_TE, self.bias_E, ctx=self.ctx, layer=0), fused=self.router.fused)
+        rows, ticket = self.dispatcher.dispatch(x_TD, chosen, tokens=self.tokens, slots=self.slots)
         x_MD = gather(rows.x_ND, rows.index_M, rows.back_NJ, ragged=rows.ragged)
         self.rows = x_MD.shape[0]
         y_MD = x_MD * rows.weights_M[:, None].to(x_MD.dtype)
@@ -154,8 +169,13 @@ def main(world: World, name: str, *, small: bool) -> int:
         used = (T // 256, D // 8, F // 8, E // 8, max(2, K // 4)) if small else shape
         try:
             timer = Timer(device)
-            cases = {n: Case(OPTIONS["dispatcher"][n](), used, device, group, timer) for n in DISPATCHERS}
-            cells = measure(cases, tops, rounds=3 if small else ROUNDS)
+            cases, absent = {}, {}
+            for n in DISPATCHERS:
+                try:
+                    cases[n] = Case(n, used, device, group, timer)
+                except UserError as error:
+                    absent[n] = not_measured(one_line(error))
+            cells = measure(cases, tops, rounds=3 if small else ROUNDS) | absent
         except Exception as error:
             bad, cells = 1, {n: failed(one_line(error)) for n in DISPATCHERS}
         for dispatcher, cell in cells.items():

@@ -32,7 +32,8 @@ SHAPES = [  # T tokens, D width, F expert width, E experts, K chosen
     (32768, 4096, 1024, 64, 4),
 ]
 KINDS, WHOLE = ("random", "balanced", "Zipf"), "whole layer"  # routings of the experts alone; gate to sum
-DISPATCHERS, DISPATCH_SHAPES = ("dropless", "capacity", "allgather", "hierarchical"), (SHAPES[0], SHAPES[2])
+DISPATCHERS = ("dropless", "dropless, routing fused", "capacity", "allgather", "hierarchical")
+DISPATCH_SHAPES = (SHAPES[0], SHAPES[2])
 MICRO_BATCHES = (1, 2, 4, 8)
 PEERS_OF_STEP = ("transformers", "torchtitan")
 FASTEST, PHASES = "model: olmoe_1b_7b, fastest, order fixed or not", "model: olmoe_1b_7b, phases of a step"

@@ -104,29 +104,3 @@ def test_memory_is_linear_in_the_length(device, mean, window) -> None:
 
     peak(256)  # workspaces
     assert peak(16384) < 4.6 * peak(4096)
-
-
-def test_a_window_is_faster_than_the_whole_row(device) -> None:
-    """1,024 of 32,768 keys are 1 in 16 of the causal pairs: blocks of keys outside the window are not computed."""
-    if device.type != "cuda":
-        pytest.skip("times a GPU's kernels")
-    P = 32768
-    t = leaves(1, 8, 2, P, P, 128)
-
-    def seconds(window: int) -> float:
-        visible = Visible.build(pieces=((0, P),), length=P, documents_BP=None, device=device, rows=1, window=window)
-        q, k, v = (x.to(device).requires_grad_() for x in t[:3])
-        out = t[3].to(device)
-        times = []
-        for _ in range(8):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            torch.autograd.grad(attend(q, k, v, visible), (q, k, v), out)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return sorted(times[3:])[2]
-
-    whole, part = seconds(0), seconds(1024)
-    print(f"forward and backward: {whole:.2f} ms of whole rows, {part:.2f} ms in the window")
-    assert part < whole / 4

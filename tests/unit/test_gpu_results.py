@@ -58,9 +58,10 @@ def test_the_benchmarks_run_on_a_cpu(tmp_path, stage) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     cells = json.loads((tmp_path / "cpu.json").read_text())["cells"]
     mine = {name: cell for name, cell in cells.items() if name.startswith(stage)}
-    assert len(mine) == {"layer": 16, "dispatch": 8, "model": 9}[stage]
+    assert len(mine) == {"layer": 16, "dispatch": 10, "model": 9}[stage]
     for name, cell in mine.items():
         absent = "beside" in name and cell.get("why", "").startswith("not compared: ModuleNotFoundError")
+        absent |= "routing fused" in name and "this is a CPU" in cell.get("why", "")
         assert cell["status"] == "measured" or absent, f"{name}: {cell}"
 
 
