@@ -159,8 +159,8 @@ def flipping(rank: int, world: int, cfg: Config, layer: str) -> str:
     run.step()
     right, calls = MoE.forward, [0]
 
-    def wrong(self, x, carry, ctx):
-        y, carry = right(self, x, carry, ctx)
+    def wrong(self, x, carry, ctx, **more):
+        y, carry = right(self, x, carry, ctx, **more)
         calls[0] += str(self.layer) == layer
         if rank == 1 and str(self.layer) == layer and calls[0] == 3:
             y = y.clone()

@@ -55,7 +55,7 @@ def test_attention_and_norms() -> None:
         layer, norm = layer.double(), norm.double()
         x = torch.randn(3, 40, 64, generator=generator).to(torch.bfloat16).to(dtype).requires_grad_()
         rope = tuple(t.to(dtype) for t in Rope(RopeConfig(), head_dim=16)(torch.arange(40)))
-        visible = Visible.build(pieces=((0, 40),), length=40, documents_BP=None, device=torch.device("cpu"))
+        visible = Visible.build(pieces=((0, 40),), length=40, documents_BP=None, device=torch.device("cpu"), rows=3)
         y = layer(norm(x), rope, visible)
         y.backward(torch.randn(y.shape, generator=generator).to(dtype))
         return [y, x.grad, norm.weight.grad, *[p.grad for p in layer.parameters()]]  # pyright: ignore
