@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moetrain.kernels import float8
 from moetrain.kernels import triton_launch as launch
-from moetrain.kernels.triton_gemm import _through_swiglu, _tile
+from moetrain.kernels.triton_gemm import _into_swiglu, _through_swiglu, _tile
 from moetrain.kernels.triton_launch import Tiles, plan, sums, weights
 
 __all__ = ["Tiles", "down_grad", "plan", "rows", "sums", "up", "weights"]
@@ -53,18 +53,8 @@ def up_kernel(
             gate += part * (scale_M * tl.load(scale_of_gate + k // BLOCK_K))[:, None]
             part = tl.dot(left, w_desc.load([slot * 2 * F + F + f, k]).T)
             up += part * (scale_M * tl.load(scale_of_up + k // BLOCK_K))[:, None]
-        f_N = f + tl.arange(0, BLOCK_N)
-        write = inside_M[:, None] & (f_N < F)[None, :]
-        gate = gate.to(h.dtype.element_ty)
-        up = up.to(h.dtype.element_ty)
-        h_MN = h + start.to(tl.int64) * (2 * F) + (tl.arange(0, BLOCK_M)[:, None] * (2 * F) + f_N[None, :])
-        tl.store(h_MN, gate, mask=write)
-        tl.store(h_MN + F, up, mask=write)
-        scale_M = tl.load(weights + row_M, mask=inside_M, other=0.0).to(tl.float32)
-        gate = gate.to(tl.float32)  # of what backward finds: it makes the same A' again
-        hidden = gate * tl.sigmoid(gate) * up.to(tl.float32) * scale_M[:, None]
-        a_MN = a + start.to(tl.int64) * F + (tl.arange(0, BLOCK_M)[:, None] * F + f_N[None, :])
-        tl.store(a_MN, hidden.to(a.dtype.element_ty), mask=write)
+        weight_M = tl.load(weights + row_M, mask=inside_M, other=0.0).to(tl.float32)
+        _into_swiglu(gate, up, weight_M, h, a, start, inside_M, f, F, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

@@ -55,6 +55,25 @@ def _tile(tiles, t):
 
 
 @triton.jit
+def _into_swiglu(
+    gate, up, weight_M, h, a, start, inside_M, f, F,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of H and of A' = s silu(gate) up."""
+    f_N = f + tl.arange(0, BLOCK_N)
+    write = inside_M[:, None] & (f_N < F)[None, :]
+    gate = gate.to(h.dtype.element_ty)
+    up = up.to(h.dtype.element_ty)
+    h_MN = h + start.to(tl.int64) * (2 * F) + (tl.arange(0, BLOCK_M)[:, None] * (2 * F) + f_N[None, :])
+    tl.store(h_MN, gate, mask=write)
+    tl.store(h_MN + F, up, mask=write)
+    gate = gate.to(tl.float32)  # of what backward finds: it makes the same A' again
+    hidden = gate * tl.sigmoid(gate) * up.to(tl.float32) * weight_M[:, None]
+    a_MN = a + start.to(tl.int64) * F + (tl.arange(0, BLOCK_M)[:, None] * F + f_N[None, :])
+    tl.store(a_MN, hidden.to(a.dtype.element_ty), mask=write)
+
+
+@triton.jit
 def up_kernel(
     x, index, w, weights, tiles, h, a, num_slots, D, F,
     PRECISION: tl.constexpr,
@@ -75,18 +94,8 @@ def up_kernel(
             left = tl.load(x_MK + k)
             gate = tl.dot(left, w_desc.load([slot * 2 * F + f, k]).T, gate, input_precision=PRECISION)
             up = tl.dot(left, w_desc.load([slot * 2 * F + F + f, k]).T, up, input_precision=PRECISION)
-        f_N = f + tl.arange(0, BLOCK_N)
-        write = inside_M[:, None] & (f_N < F)[None, :]
-        gate = gate.to(h.dtype.element_ty)
-        up = up.to(h.dtype.element_ty)
-        h_MN = h + start.to(tl.int64) * (2 * F) + (tl.arange(0, BLOCK_M)[:, None] * (2 * F) + f_N[None, :])
-        tl.store(h_MN, gate, mask=write)
-        tl.store(h_MN + F, up, mask=write)
-        scale_M = tl.load(weights + row_M, mask=inside_M, other=0.0).to(tl.float32)
-        gate = gate.to(tl.float32)  # of what backward finds: it makes the same A' again
-        hidden = gate * tl.sigmoid(gate) * up.to(tl.float32) * scale_M[:, None]
-        a_MN = a + start.to(tl.int64) * F + (tl.arange(0, BLOCK_M)[:, None] * F + f_N[None, :])
-        tl.store(a_MN, hidden.to(a.dtype.element_ty), mask=write)
+        weight_M = tl.load(weights + row_M, mask=inside_M, other=0.0).to(tl.float32)
+        _into_swiglu(gate, up, weight_M, h, a, start, inside_M, f, F, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

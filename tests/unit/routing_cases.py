@@ -5,14 +5,12 @@ compile     the kernels built for sm_90, on any machine: registers spilled
 """
 
 import json
-import re
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton_runs import spilled
 
 from moetrain import config as configs
 from moetrain.moe.dispatchers.allgather import AllGather
@@ -160,7 +158,6 @@ def build() -> dict[str, int]:
 
     from moetrain.kernels import triton_routing as kernels
 
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     plain = {"GROUPED": False, "BEST": 1, "GROUPS": 16}
     cases = [
         (kernels.choose_kernel, plain | {"WIDTH": 16, "BLOCK_T": 256}),
@@ -177,13 +174,7 @@ def build() -> dict[str, int]:
         types = {name: kind(name) for name in kernel.arg_names if name not in constants}
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         built = triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
-        asm = subprocess.run(
-            [ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
-            input=built.asm["ptx"], capture_output=True, text=True,
-        )  # fmt: skip
-        spilled = re.search(r"(\d+) bytes spill stores", asm.stderr)
-        assert spilled, asm.stderr
-        found[f"{kernel.__name__} {constants}"] = int(spilled[1])
+        found[f"{kernel.__name__} {constants}"] = spilled(built.asm["ptx"])
     return found
 
 

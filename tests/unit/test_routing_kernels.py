@@ -1,40 +1,20 @@
 """The routing kernels without a GPU: interpreted beside torch's path, built for the GPU they are written for."""
 
-import importlib.metadata
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_runs import need_triton, run
 
 from moetrain.config import UserError
 from moetrain.kernels import routing
 from moetrain.moe.routers.group_limited import GroupLimited
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed here (it has wheels for Linux alone)", allow_module_level=True)
-
-if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-    pytest.skip("Triton 3.6's interpreter does not run with numpy 2.4", allow_module_level=True)
-
-CASES = Path(__file__).with_name("routing_cases.py")
-
-
-def run(word: str, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, CASES, word], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+need_triton()
+CASES = "routing_cases.py"
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
-    return run("interpret", TRITON_INTERPRET="1")
+    return run(CASES, "interpret", TRITON_INTERPRET="1")
 
 
 def test_choices_are_those_of_the_torch_path(interpreted) -> None:
@@ -61,7 +41,7 @@ def test_a_layer_is_the_same(interpreted) -> None:
 
 
 def test_built_for_hopper(tmp_path) -> None:
-    found = run("compile", TRITON_CACHE_DIR=str(tmp_path))
+    found = run(CASES, "compile", TRITON_CACHE_DIR=str(tmp_path))
     assert len(found) == 8
     assert not any(found.values()), found
 

@@ -1,42 +1,22 @@
 """The Triton kernels without a GPU: interpreted beside float64, and built for the GPU that they are written for."""
 
-import importlib.metadata
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import drawn
 import pytest
 import torch
+from triton_runs import need_triton, run
 
 from moetrain.config import UserError
 from moetrain.kernels import Kernel, choose, fused
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed here (it has wheels for Linux alone)", allow_module_level=True)
-
-if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-    pytest.skip("Triton 3.6's interpreter does not run with numpy 2.4", allow_module_level=True)
-
-CASES = Path(__file__).with_name("triton_cases.py")
-
-
-def run(*words: str, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, CASES, *words], env=os.environ | environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+need_triton()
+CASES = "triton_cases.py"
 
 
 def test_interpreted_beside_float64() -> None:
     """Forward and every gradient, to what F.grouped_mm is off by or less; the same bits again, and weights' gradients
     that were put off. In float8 beside its emulation: where a sum in another order makes the next float8 number of a
     factor, that is off by 2^-3."""
-    found = run("interpret", TRITON_INTERPRET="1")
+    found = run(CASES, "interpret", TRITON_INTERPRET="1")
     assert len(found) == 18
     for name, case in found.items():
         half = "float16" in name
@@ -52,7 +32,7 @@ def test_interpreted_beside_float64() -> None:
 
 def test_built_for_hopper(tmp_path) -> None:
     """Nothing is spilled to memory, what is shared fits in 227 KiB, tensor cores do the products, float8 ones too."""
-    found = run("compile", *["--all"] * drawn.ALL, TRITON_CACHE_DIR=str(tmp_path))
+    found = run(CASES, "compile", *["--all"] * drawn.ALL, TRITON_CACHE_DIR=str(tmp_path))
     assert len(found) >= 9
     for name, built in found.items():
         assert built["spilled"] == 0, f"{name}: {built}"

@@ -1,40 +1,20 @@
 """AdamW's Triton kernel without a GPU: interpreted beside torch's operations, and built for a Hopper."""
 
-import importlib.metadata
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_runs import need_triton, run
 
 from moetrain.config import UserError
 from moetrain.optim import OptimConfig, Optimizer, UpdateKernel
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed here (it has wheels for Linux alone)", allow_module_level=True)
-
-if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7):
-    pytest.skip("Triton 3.6's interpreter does not run with numpy 2.4", allow_module_level=True)
-
-CASES = Path(__file__).with_name("triton_adamw_cases.py")
-
-
-def run(word: str, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, CASES, word], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+need_triton()
+CASES = "triton_adamw_cases.py"
 
 
 def test_interpreted_beside_torch() -> None:
     """Weights, averages, padding, skipped steps, runs that begin anywhere. Float32 may be off by its last bits, as
     torch fuses a product with a sum; of bfloat16 some may go to a neighbour for that."""
-    found = run("interpret", TRITON_INTERPRET="1")
+    found = run(CASES, "interpret", TRITON_INTERPRET="1")
     assert len(found) == 6
     for name, case in found.items():
         assert len(case) == 9
@@ -45,7 +25,7 @@ def test_interpreted_beside_torch() -> None:
 
 def test_built_for_hopper(tmp_path) -> None:
     """Nothing is spilled or shared, and what lies in order moves 8 and 16 bytes at once."""
-    found = run("compile", TRITON_CACHE_DIR=str(tmp_path))
+    found = run(CASES, "compile", TRITON_CACHE_DIR=str(tmp_path))
     assert len(found) == 8
     for name, built in found.items():
         assert built["spilled"] == built["shared"] == 0, f"{name}: {built}"

@@ -7,13 +7,12 @@ compile     the kernel built for sm_90, on any machine
 
 import json
 import re
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton_runs import spilled
 
 from moetrain.logical import Chunk, Logical
 from moetrain.optim import OptimConfig, Optimizer, StateDType, UpdateKernel
@@ -74,7 +73,6 @@ def build() -> dict:
 
     from moetrain.kernels.triton_adamw import adamw_kernel as kernel
 
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     given = {p.name: p.annotation_type for p in kernel.params}
     found = {}
     for weights, averages, aligned in product(("*i16", "*fp32"), ("*i16", "*fp32"), (True, False)):
@@ -85,15 +83,9 @@ def build() -> dict:
         aligned_at = [i for i, n in enumerate(kernel.arg_names) if n in types or (n in even and aligned)]
         attrs = {(i,): [["tt.divisibility", 16]] for i in aligned_at}
         built = triton.compile(ASTSource(kernel, signature, constants, attrs), target=GPUTarget("cuda", 90, 32))
-        asm = subprocess.run(
-            [ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
-            input=built.asm["ptx"], capture_output=True, text=True,
-        )  # fmt: skip
-        spilled = re.search(r"(\d+) bytes spill stores", asm.stderr)
-        assert spilled, asm.stderr
         moves = re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", built.asm["ptx"])
         found[f"weights {weights}, averages {averages}, {'aligned' if aligned else 'anywhere'}"] = {
-            "spilled": int(spilled[1]), "shared": built.metadata.shared, "aligned": aligned,
+            "spilled": spilled(built.asm["ptx"]), "shared": built.metadata.shared, "aligned": aligned,
             "bytes at once": sorted(int(width) * int(many or 1) // 8 for many, width in moves),
         }  # fmt: skip
     return found

@@ -6,13 +6,11 @@ compile     the kernels built for sm_90, on any machine: registers spilled, shar
 """
 
 import json
-import re
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
+from triton_runs import spilled
 
 from moetrain import deferred
 from moetrain.kernels import Kernel, float8, fused, grouped, reference
@@ -145,7 +143,6 @@ def build() -> dict:
     from moetrain.kernels import triton_fp8
     from moetrain.kernels import triton_launch as launch
 
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     every = "--all" in sys.argv
     shared = {"PRECISION": "tf32", "BLOCK_K": 64}
     kernels = [  # how it is tuned, the constants that are given to it
@@ -174,14 +171,8 @@ def build() -> dict:
             built = triton.compile(
                 ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
             )
-            asm = subprocess.run(
-                [ptxas, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
-                input=built.asm["ptx"], capture_output=True, text=True,
-            )  # fmt: skip
-            spilled = re.search(r"(\d+) bytes spill stores", asm.stderr)
-            assert spilled, asm.stderr
             found[f"{kernel.__name__} {given} {config}"] = {
-                "spilled": int(spilled[1]), "shared": built.metadata.shared,
+                "spilled": spilled(built.asm["ptx"]), "shared": built.metadata.shared,
                 "wgmma": built.asm["ptx"].count("wgmma.mma_async"), "copies": built.asm["ptx"].count("cp.async"),
                 "float8": built.asm["ptx"].count("e4m3.e4m3"),
             }  # fmt: skip
