@@ -345,11 +345,13 @@ def swapped(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]
 
 
 def alive() -> int:
-    """Bytes of every storage that a tensor of this process has, each counted once."""
+    """Bytes of every storage that a tensor of this process has, each counted once; those that torch.compile traced with
+    have none."""
     gc.collect()
     sizes = {}
     for x in gc.get_objects():
-        if issubclass(type(x), Tensor) and x.device.type != "meta":  # isinstance would wake lazy objects
+        kind = type(x)  # isinstance would wake lazy objects
+        if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor) and x.device.type != "meta":
             storage = _local(x).untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
