@@ -44,7 +44,17 @@ def main(args: argparse.Namespace) -> None:
     began, report = time.monotonic(), begin("recompute: time against memory", keys=args.keys, pairs=args.pairs)
     trainers, peaks = {}, {}
     for name, keys in CHOICES.items():
-        cfg = compose(["model=tiny", "layout.dp=1", "optim.warmup=0", f"train.device={device.type}", *args.keys, *keys])
+        cfg = compose(
+            [
+                "model=tiny",
+                "layout.dp=1",
+                "train.batch=4",
+                "optim.warmup=0",
+                f"train.device={device.type}",
+                *args.keys,
+                *keys,
+            ]
+        )
         if device.type == "cpu":
             peaks[name] = estimate(cfg, world=1).peak.total
         trainers[name] = trainer(cfg, device)
