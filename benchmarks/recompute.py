@@ -1,6 +1,6 @@
 """What each choice of recompute costs and frees: whole steps in turns, seconds a step against GiB at its peak.
 
-    python benchmarks/recompute.py [--write] [--device cuda] [key=value ...]          tiny on this CPU; four minutes
+    python benchmarks/recompute.py [--write] [--device cuda] [key=value ...]          tiny on this CPU; two minutes
 
 Keys are those of `moetrain train`, of one rank. The peak is what `moetrain memory` foretells; of a GPU it is measured.
 The last column is what to choose by: milliseconds that a step takes longer for each 100 MiB less at its peak.
